@@ -1,0 +1,1410 @@
+"""Manifests, audio, tokens, masks and batches: everything between the files and the model.
+
+SLAM reads three streams: speech alone, text alone, and pairs of speech and transcript. Each has its rows
+(SpeechRows, TextRows, PairRows), each has an endless plan of batches (BatchPlan), and PretrainData joins them:
+item (s, k) is micro-batch k of optimiser step s. Masks are drawn here, in the workers, so that the number of
+masked positions is known before the forward pass and every shape is one of a few.
+
+Nothing here keeps state or touches a global random generator: what row 7 looks like in epoch 3 depends on
+(seed, 3, 7) alone, never on the number of workers, of ranks, or on what was read before. So a run resumes with
+one integer, the step.
+
+Public:  Manifest, read_audio, Tokenizer, TextCorpus, TextRows, mask_budget, span_mask, mask_text, row_rng,
+         joint_bucket, BatchPlan, SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, PairRows, PretrainData,
+         dev_batches, feature_statistics, librispeech_manifest, directory_manifest, Report.
+Letters: B rows, N wave samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens,
+         M masked positions of a batch, V vocabulary.
+Paper:   SLAM (Bapna et al. 2021) 3; w2v-BERT (Chung et al. 2021) 3 for the speech masks; SpanBERT for the text's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import sys
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from conformer import (
+    CLS_ID,
+    MASK_ID,
+    N_MELS,
+    N_SPECIAL,
+    PAD_ID,
+    SAMPLE_RATE,
+    SEP_ID,
+    UNK_ID,
+    log_mel,
+    n_frames,
+    subsampled_lens,
+)
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
+NO_CHARACTER = re.compile(
+    "[\0\ud800-\udfff]"
+)  # what JSON can spell but no file name or tokenizer takes
+MAX_S = 1e8  # three years: a duration or offset beyond is a mistake
+
+SPEECH_MASK, SPEECH_SPAN = (
+    0.49,
+    10,
+)  # w2v-BERT 4.2: starts with p = 0.065, 10 steps: 1 - (1 - p)^10 = 49% covered
+TEXT_MASK, TEXT_SPAN = 0.15, 5  # SLAM 3.2.1
+TLM_SPEECH_MASK, TLM_TEXT_MASK = (
+    0.75,
+    0.50,
+)  # SLAM 3.2.2. UNSPECIFIED IN PAPER: spans, taken as above
+REPLACE_BY_MASK, REPLACE_BY_RANDOM = (
+    0.8,
+    0.1,
+)  # the rest is kept. UNSPECIFIED IN PAPER: BERT's and SpanBERT's rule
+
+# What a random draw is for: the last number of its seed, so that no two purposes share numbers. None may be 0
+# (numpy pads a short seed with zeros, so [a, b, c] and [a, b, c, 0] are the same seed).
+SPEECH_CROP, SPEECH_MASKING, TEXT_MASKING, PAIR_SPEECH_MASKING, PAIR_TEXT_MASKING = 1, 2, 3, 4, 5
+STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9, 10
+
+N_JOINT = 8  # joint (speech bucket, text bucket, pair bucket) combinations: as many shapes to compile or capture
+MIN_CHOICES = 32  # STM negatives come from the narrowest window of lengths with that many different transcripts
+
+
+# ---------------------------------------------------------------------------------------------- manifests
+
+
+def row_fault(row: object, text_required: bool) -> tuple[str, str] | None:
+    """What is wrong with one manifest row: (reason, what was found), or None when it may be used.
+
+    Paths must be local files: a manifest is data, and data never runs a command or opens a connection.
+    """
+    if not isinstance(row, dict):
+        return "not a JSON object", repr(row)[:80]
+    needed = (
+        ("audio_filepath", "duration", "text") if text_required else ("audio_filepath", "duration")
+    )
+    for key in needed:
+        if key not in row:
+            return f'no "{key}"', f"keys are {sorted(row)}"
+    path, text = row["audio_filepath"], row.get("text", "")
+    if not isinstance(path, str) or not path.strip():
+        return "audio_filepath is not a path", repr(path)
+    if path.strip().startswith("|") or path.strip().endswith("|"):
+        command = path.strip().strip("|").strip()
+        return (
+            "audio_filepath is a pipe, and pipes are never run",
+            f"convert it first: {command} > clip.wav",
+        )
+    if "://" in path:
+        return "audio_filepath is a URL, download it first", path
+    if ".." in Path(path).parts:
+        return "audio_filepath leaves its folder by '..', give an absolute path", path
+    duration, offset = row["duration"], row.get("offset", 0.0)
+    if type(duration) not in (int, float) or not 0 < duration < MAX_S:
+        return "duration is not a positive number of seconds", repr(duration)[:80]
+    if type(offset) not in (int, float) or not 0 <= offset < MAX_S:
+        return "offset is not a number of seconds from 0 on", repr(offset)[:80]
+    if not isinstance(text, str):
+        return "text is not a string", repr(text)[:80]
+    if NO_CHARACTER.search(path + text):
+        return "path or text holds half a surrogate pair or NUL", ascii(path + text)[:80]
+    return None
+
+
+def _parse_rows(buffer: bytes) -> Iterator[tuple[int, int, int, object]]:
+    """(line number, start, stop, parsed JSON or the error met) for each non-blank line of a manifest's bytes."""
+    start = 0
+    for number, line in enumerate(io.BytesIO(buffer), 1):
+        stop = start + len(line)
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row = error
+            yield number, start, stop, row
+        start = stop
+
+
+def _read_bytes(path: Path, what: str) -> bytes:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{what} {path}: no such file")
+    return Path(path).read_bytes()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Utterances from JSON-lines manifests (NeMo's keys), kept as bytes and arrays so that forked workers share them.
+
+    A row on disk: {"audio_filepath": "a/b.flac", "duration": 3.2, "offset": 0.0, "text": "hello", ...}, seconds, the
+    path absolute or relative to the manifest's folder, offset and text optional, further keys kept.
+    """
+
+    files: tuple[tuple[Path, bytes], ...]
+    file: np.ndarray  # (n,) int32, which of the files
+    start: np.ndarray  # (n,) int64, first byte of the row there
+    stop: np.ndarray  # (n,) int64
+    durations: np.ndarray  # (n,) float64, seconds
+    has_text: np.ndarray  # (n,) bool, a text that is not blank
+
+    @classmethod
+    def read(cls, paths: Iterable[Path | str], *, text_required: bool = False) -> Manifest:
+        """Read and check manifests; several are concatenated.
+
+        Raises: FileNotFoundError for a missing manifest; ValueError naming file and line for the first bad row, or
+                for a manifest without rows.
+        """
+        files, columns = [], (array("i"), array("q"), array("q"), array("d"), array("b"))
+        for path in map(Path, paths):
+            buffer, n_rows = _read_bytes(path, "manifest"), len(columns[0])
+            for number, start, stop, row in _parse_rows(buffer):
+                if isinstance(row, Exception):
+                    raise ValueError(
+                        f"{path}:{number}: not a JSON line ({row}); expected one object per line"
+                    )
+                if fault := row_fault(row, text_required):
+                    raise ValueError(f"{path}:{number}: {fault[0]} ({fault[1]})")
+                entry = (
+                    len(files),
+                    start,
+                    stop,
+                    row["duration"],
+                    bool(row.get("text", "").strip()),
+                )
+                for column, value in zip(columns, entry):
+                    column.append(value)
+            if len(columns[0]) == n_rows:
+                raise ValueError(
+                    f"manifest {path}: no rows; expected one JSON object per line (data.py manifest)"
+                )
+            files.append((path, buffer))
+        kinds = (np.int32, np.int64, np.int64, np.float64, bool)
+        return cls(tuple(files), *(np.array(column, kind) for column, kind in zip(columns, kinds)))
+
+    def __len__(self) -> int:
+        return len(self.durations)
+
+    def row(self, i: int) -> dict:
+        """Row i as a dict, its audio_filepath resolved against the manifest's folder."""
+        path, buffer = self.files[self.file[i]]
+        row = json.loads(buffer[self.start[i] : self.stop[i]])
+        row["audio_filepath"] = str(path.parent / row["audio_filepath"])
+        return row
+
+    def text(self, i: int) -> str:
+        return self.row(i).get("text", "")
+
+    def where(self, i: int) -> str:
+        """`file:line` of row i, for messages."""
+        path, buffer = self.files[self.file[i]]
+        line = 1 + buffer.count(b"\n", 0, int(self.start[i]))
+        return f"{path}:{line}"
+
+    def filtered(self, keep: np.ndarray) -> Manifest:
+        """The rows where keep (n,) bool is True, in order; the bytes are shared."""
+        columns = {
+            name: getattr(self, name)[keep]
+            for name in ("file", "start", "stop", "durations", "has_text")
+        }
+        return replace(self, **columns)
+
+
+def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
+    """Part of an audio file as mono at 16 kHz: channels are averaged, other rates resampled (soxr HQ).
+
+    Args:    offset, duration  seconds; None reads to the end. Fewer samples than asked where the file ends before.
+    Returns: (N,) float32 in [-1, 1].
+    Raises:  FileNotFoundError; ValueError naming the file where it cannot be decoded, holds nothing from offset on,
+             or holds NaN.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such audio file")
+    try:
+        with soundfile.SoundFile(path) as audio:
+            rate, start = audio.samplerate, round(offset * audio.samplerate)
+            wanted = -1 if duration is None else max(1, round(duration * rate))
+            if 0 < start < audio.frames:
+                audio.seek(start)
+            samples = audio.read(
+                wanted if start < audio.frames else 0, dtype="float32", always_2d=True
+            )
+    except (RuntimeError, OSError, TypeError) as error:
+        raise ValueError(f"{path}: cannot decode audio ({str(error).splitlines()[0]})") from error
+    if not len(samples):
+        raise ValueError(f"{path}: no audio from {offset:g} s on")
+    samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)  # (N,)
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path}: holds NaN or infinite samples")
+    return (
+        samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+class Tokenizer:
+    """SentencePiece with this project's special ids. The case rule is part of the model, not a setting beside it.
+
+    [CLS], [SEP] and [MASK] are control symbols: no text, not even one that spells "[MASK]", is ever encoded to them.
+    """
+
+    def __init__(self, model_bytes: bytes) -> None:
+        self.model_bytes = model_bytes
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.text_case = "lower" if self._processor.normalize("A").endswith("a") else "keep"
+        self.fingerprint = hashlib.sha256(model_bytes).hexdigest()[:16]
+
+    @classmethod
+    def train(
+        cls,
+        lines: Iterable[str],
+        vocab_size: int,
+        text_case: str = "lower",
+        model_type: str = "unigram",
+    ) -> Tokenizer:
+        """Train on lines of text; the same lines give the same bytes. A small corpus may give fewer pieces.
+
+        Raises: ValueError where there is no text, or too little vocabulary for its characters.
+        """
+        assert text_case in ("lower", "keep"), text_case
+        sink = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line for line in map(str.strip, lines) if line),
+                model_writer=sink,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                hard_vocab_limit=False,
+                normalization_rule_name="nmt_nfkc_cf" if text_case == "lower" else "nmt_nfkc",
+                pad_id=PAD_ID,
+                unk_id=UNK_ID,
+                bos_id=-1,
+                eos_id=-1,
+                control_symbols=["[CLS]", "[SEP]", "[MASK]"],  # ids 2, 3, 4: the first free ones
+                max_sentence_length=16384,  # bytes; longer lines are skipped
+                num_threads=1,  # sums in one order: reproducible to the byte
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = str(error).split("] ")[-1].strip() or "is there any text?"
+            raise ValueError(
+                f"cannot train a tokenizer of --vocab-size {vocab_size}: {reason}"
+            ) from error
+        tokenizer = cls(sink.getvalue())
+        ids = [tokenizer._processor.piece_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")]
+        assert ids == [CLS_ID, SEP_ID, MASK_ID], ids
+        return tokenizer
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        model_bytes = _read_bytes(Path(path), "tokenizer")
+        try:
+            tokenizer = cls(model_bytes)
+            ids = [tokenizer._processor.piece_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")]
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer {path}: not a SentencePiece model") from error
+        if ids != [CLS_ID, SEP_ID, MASK_ID]:
+            raise ValueError(
+                f"tokenizer {path}: [CLS], [SEP], [MASK] have ids {ids}; expected 2, 3, 4 (data.py tokenizer)"
+            )
+        return tokenizer
+
+    def save(self, path: Path | str) -> None:
+        _write_atomically(Path(path), lambda sink: sink.write(self.model_bytes))
+
+    def encode(self, text: str | list[str]) -> list:
+        """Ids of a text, or a list of ids for each of a list of texts. No special ids except the unknown's."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+
+def _write_atomically(path: Path, write: Callable) -> None:
+    """Write a binary file so that its name either holds the whole of it or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as sink:
+            write(sink)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, stripped. Raises ValueError naming the file where it is not UTF-8."""
+    if not path.is_file():
+        raise FileNotFoundError(f"text {path}: no such file")
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from map(str.strip, lines)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {path}: not UTF-8 ({error.reason})") from error
+
+
+def _tokenise(source: Path, tokenizer: Tokenizer, tokens_path: Path, dtype: type) -> None:
+    """Write the token stream (each line's ids, then [SEP]) and beside it an index of line and document ends."""
+    line_ends, document_ends, counts = (
+        array("q"),
+        array("q"),
+        np.zeros(tokenizer.vocab_size, np.int64),
+    )
+
+    def write_tokens(sink: io.BufferedWriter) -> None:
+        lines, total = read_lines(source), 0
+        while texts := list(islice(lines, 10_000)):
+            stream: list[int] = []
+            for text, ids in zip(texts, tokenizer.encode(texts)):
+                if ids:
+                    stream += ids
+                    stream.append(SEP_ID)
+                    line_ends.append(total + len(stream))
+                elif not text and len(line_ends) > (document_ends[-1] if document_ends else 0):
+                    document_ends.append(len(line_ends))
+            total += len(stream)
+            counts[:] += np.bincount(stream, minlength=len(counts))
+            np.array(stream, dtype).tofile(sink)
+        if not total:
+            raise ValueError(
+                f"text {source}: no text; expected one sentence per line, a blank line between documents"
+            )
+        document_ends.append(len(line_ends))
+        index = {
+            "line_ends": np.array(line_ends),
+            "document_ends": np.unique(document_ends),
+            "counts": counts,
+        }
+        _write_atomically(tokens_path.with_suffix(".npz"), lambda sink: np.savez(sink, **index))
+
+    _write_atomically(
+        tokens_path, write_tokens
+    )  # the index is there before the tokens get their name
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """Tokenised text on disk. A blank line ends a document; every line is followed by [SEP]."""
+
+    paths: tuple[Path, ...]  # token files, each with an .npz index beside it
+    dtype: type
+    vocab_size: int
+
+    @classmethod
+    def open(
+        cls, paths: Iterable[Path | str], tokenizer: Tokenizer, cache_dir: Path | str | None = None
+    ) -> TextCorpus:
+        """Tokenise text files once, streaming, into a cache that is mapped into memory; several are concatenated.
+
+        The cache lies beside each source (or in cache_dir), named by tokenizer and by the source's size and time.
+        Raises: FileNotFoundError; ValueError for no text, not UTF-8, or a folder that cannot be written.
+        """
+        dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+        cached = []
+        for source in map(Path, paths):
+            if not source.is_file():
+                raise FileNotFoundError(f"text {source}: no such file")
+            state = source.stat()
+            key = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tokenizer.fingerprint}"
+            folder = Path(cache_dir) if cache_dir else source.parent
+            path = folder / f"{source.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.tokens"
+            if not (path.is_file() and path.with_suffix(".npz").is_file()):
+                try:
+                    _tokenise(source, tokenizer, path, dtype)
+                except OSError as error:
+                    raise ValueError(
+                        f"{folder}: cannot write the token cache ({error}); name another folder"
+                    ) from error
+            cached.append(path)
+        return cls(tuple(cached), dtype, tokenizer.vocab_size)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(V,) int64, how often each id occurs ([SEP] once a line)."""
+        return sum(np.load(path.with_suffix(".npz"))["counts"] for path in self.paths)
+
+    def pack(self, row_tokens: int, seed: int = 0) -> TextRows:
+        """Rows of at most row_tokens: [CLS] line [SEP] line [SEP] ..., consecutive lines of one document."""
+        if row_tokens < 3:
+            raise ValueError(f"text rows of {row_tokens} tokens: [CLS], one token and [SEP] need 3")
+        packed = []
+        for number, path in enumerate(self.paths):
+            index = np.load(path.with_suffix(".npz"))
+            start, stop, lengths = _pack_lines(
+                index["line_ends"], index["document_ends"], row_tokens
+            )
+            packed.append((np.full(len(start), number, np.int32), start, stop, lengths))
+        return TextRows(self, seed, *(np.concatenate(column) for column in zip(*packed)))
+
+
+def _pack_lines(
+    line_ends: np.ndarray, document_ends: np.ndarray, row_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Greedy packing as ranges (start, stop) of the token stream, and row lengths; no Python loop over lines.
+
+    A line that is too long is cut: all pieces but its last fill a row each, so no row gets a [SEP] inside a line.
+    """
+    content = row_tokens - 2
+    starts = np.concatenate([[0], line_ends[:-1]])
+    n_pieces = np.maximum(1, -(-(line_ends - starts - 1) // content))
+    first = np.cumsum(n_pieces) - n_pieces  # (lines,) index of each line's first piece
+    line = np.repeat(np.arange(len(line_ends)), n_pieces)
+    start = starts[line] + (np.arange(len(line)) - first[line]) * content
+    is_last = np.append(line[1:] != line[:-1], True)
+    stop = np.where(is_last, line_ends[line], start + content)
+    cost = np.concatenate([[0], np.cumsum(np.where(is_last, stop - start, content + 1))])
+    document_stop = np.append(first, len(line))[document_ends]  # first piece after each document
+    document = np.searchsorted(document_ends, line, side="right")
+    following = np.searchsorted(cost, cost[:-1] + row_tokens - 1, side="right") - 1
+    following = np.minimum(following, document_stop[document])
+    rows, piece = array("q"), 0
+    while piece < len(line):
+        rows.append(piece)
+        piece = int(following[piece])
+    chosen = np.array(rows, np.int64)
+    last = following[chosen] - 1
+    return start[chosen], stop[last], 1 + cost[last + 1] - cost[chosen]
+
+
+# --------------------------------------------------------------------------------------------------- masks
+
+
+def mask_budget(length: int, share: float) -> int:
+    """How many of `length` positions are masked: share of them, at least 1, at most all but one; 0 below 2."""
+    return 0 if length < 2 else min(max(1, round(share * length)), length - 1)
+
+
+def _draw_spans(rng: np.random.Generator, length: int, share: float, span: int) -> np.ndarray:
+    """Which span masks which position: (length,) int64, the number of the span, -1 where none does.
+
+    Exactly mask_budget(length, share) positions are masked. Spans are thrown on one after the other, anywhere, until
+    the budget is met; the one that meets it is cut there. They may overlap, so what n spans cover cannot be told
+    from n: drawing budget / span of them would leave a row of 75% at 54%. The row is treated as a ring (a span
+    that runs past the end goes on at the start), which makes every position equally likely to be masked; laid out
+    straight, the first positions would be masked up to ten times less often than the others.
+    DEVIATION: w2v-BERT starts spans by independent coin tosses (p = 0.065), so its count varies around the 49%.
+    """
+    owner = np.full(length, -1, np.int64)
+    budget = mask_budget(length, share)
+    if not budget:
+        return owner
+    span = min(span, budget)
+    order = np.empty(0, np.int64)
+    starts = np.empty(0, np.int64)
+    while (
+        len(order) < budget
+    ):  # about ln(1 / visible share) * length / span throws; one round is mostly enough
+        more = 2 + int(1.5 * math.log(length / (length - budget)) * length / span)
+        starts = np.concatenate([starts, rng.integers(length, size=more)])
+        covered = ((starts[:, None] + np.arange(span)) % length).ravel()  # in the order of throwing
+        when = np.full(length, covered.size, np.int64)
+        when[covered[::-1]] = np.arange(covered.size)[
+            ::-1
+        ]  # numpy keeps the last write: the first throw
+        order = np.flatnonzero(when < covered.size)
+    earliest = order[np.argsort(when[order])[:budget]]
+    owner[earliest] = when[earliest] // span
+    return owner
+
+
+def span_mask(rng: np.random.Generator, length: int, share: float, span: int) -> np.ndarray:
+    """A random mask in spans: (length,) bool, exactly mask_budget(length, share) True. See _draw_spans."""
+    return _draw_spans(rng, length, share, span) >= 0
+
+
+def mask_text(
+    rng: np.random.Generator, tokens: np.ndarray, share: float, span: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corrupt spans of tokens for the language model; special ids stay.
+
+    Of the masked spans 80% become [MASK], 10% random tokens and 10% stay as they are, drawn once for a whole span: so
+    a wrong token or a right one has neighbours of its kind, and being unmasked says nothing about being right.
+    The share is of the tokens that are not special, and spans run over those in order.
+
+    Args:    tokens (U,) int64.
+    Returns: corrupted (U,) int64; masked (U,) bool, True where the token is to be predicted.
+    """
+    places = np.flatnonzero(tokens >= N_SPECIAL)
+    owner = _draw_spans(rng, len(places), share, span)
+    chance = rng.random(max(1, int(owner.max(initial=-1)) + 1))[owner]  # one number a span
+    random_ids = rng.integers(N_SPECIAL, vocab_size, size=len(places))
+    replaced = np.where(chance < REPLACE_BY_MASK + REPLACE_BY_RANDOM, random_ids, tokens[places])
+    replaced = np.where(chance < REPLACE_BY_MASK, MASK_ID, replaced)
+    corrupted, masked = tokens.copy(), np.zeros(len(tokens), bool)
+    corrupted[places] = np.where(owner >= 0, replaced, tokens[places])
+    masked[places] = owner >= 0
+    return corrupted, masked
+
+
+def row_rng(seed: int, epoch: int, row: int, purpose: int) -> np.random.Generator:
+    """The random numbers of one row in one epoch for one purpose."""
+    return np.random.default_rng([seed, int(epoch), int(row), purpose])
+
+
+# ---------------------------------------------------------------------------------------------- batch plan
+
+
+@lru_cache(maxsize=64)
+def _joint_order(seed: int, turn: int) -> np.ndarray:
+    return np.random.default_rng([seed, turn, JOINT_ORDER]).permutation(N_JOINT)
+
+
+def joint_bucket(seed: int, step: int) -> int:
+    """Which of the N_JOINT combinations of buckets step s uses: all of them once in every N_JOINT steps."""
+    return int(_joint_order(seed, step // N_JOINT)[step % N_JOINT])
+
+
+class BatchPlan:
+    """Which rows are in micro-batch k of step s, for ever, as a closed formula: nothing to replay on resume.
+
+    Rows are sorted by length and cut into buckets; a micro-batch takes its rows from one bucket and is padded to the
+    bucket's longest row, so there are only a few shapes. Within a bucket the batches walk through one random
+    permutation after the other; what is left of one goes on into the next. Buckets are cut so that one pass
+    takes each the same number of steps: then long and short rows are visited equally often, to within a batch.
+
+    Args: lengths         (n,) int, of any unit.
+          units_per_step  length of a step's batch, padding counted, over all its micro-batches.
+          micro_batches   A, micro-batches of a step.
+          stream          a number that sets this stream's order apart from the others'.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        units_per_step: int,
+        *,
+        n_buckets: int = N_JOINT,
+        micro_batches: int,
+        seed: int,
+        stream: int,
+    ) -> None:
+        assert len(lengths) and np.min(lengths) > 0 and n_buckets in (1, 2, 4, 8), (
+            len(lengths),
+            n_buckets,
+        )
+        self.seed, self.stream, self.micro_batches = seed, stream, micro_batches
+        self.units_per_micro = units_per_step // micro_batches
+        order = np.argsort(lengths, kind="stable")
+        lengths = np.asarray(lengths, np.int64)[order]
+        for wanted in (
+            n for n in (8, 4, 2, 1) if n <= n_buckets
+        ):  # so few rows may not fill them all
+            stops = self._cut(lengths, wanted)
+            if len(stops) == wanted:
+                break
+        bucket_len, slot_bucket = np.unique(lengths[np.array(stops) - 1], return_inverse=True)
+        stops = [
+            stops[np.flatnonzero(slot_bucket == b)[-1]] for b in range(len(bucket_len))
+        ]  # equal shapes are one
+        self.bucket_len = [int(longest) for longest in bucket_len]
+        self.rows_per_micro = [self._rows(longest) for longest in self.bucket_len]
+        self.rows = [order[start:stop].astype(np.int32) for start, stop in zip([0, *stops], stops)]
+        self.slot_bucket = np.repeat(
+            slot_bucket, N_JOINT // wanted
+        )  # (N_JOINT,) joint index to bucket
+        self._real_units = [int(lengths[a:b].sum()) for a, b in zip([0, *stops], stops)]
+        self._permutations: dict[int, dict[int, np.ndarray]] = {}
+
+    def _rows(self, longest: int) -> int:
+        return max(1, self.units_per_micro // int(longest))
+
+    def _cut(self, lengths: np.ndarray, n_buckets: int) -> list[int]:
+        """Ends of buckets of sorted rows such that the bucket with most micro-batches a pass has as few as can be."""
+
+        def cut(most: float) -> list[int]:
+            stops = [0]
+            while stops[-1] < len(lengths) and len(stops) <= n_buckets:
+                start, ends = stops[-1], range(stops[-1] + 1, len(lengths) + 1)
+                # More rows, or longer ones, never need fewer micro-batches: bisection finds the last end that fits.
+                n_fit = bisect_right(
+                    ends, most, key=lambda end: (end - start) / self._rows(lengths[end - 1])
+                )
+                stops.append(start + max(1, n_fit))
+            return stops[1:]
+
+        low, high = 0.0, float(
+            len(lengths)
+        )  # one bucket holds everything at n micro-batches of one row
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if cut(middle)[-1] == len(lengths) else (middle, high)
+        return cut(high)
+
+    def bucket(self, step: int) -> int:
+        """The bucket of a step."""
+        return int(self.slot_bucket[joint_bucket(self.seed, step)])
+
+    def _visits(self, step: int, bucket: int) -> int:
+        """How many steps before this one used the bucket."""
+        own = self.slot_bucket == bucket
+        turn, place = divmod(step, N_JOINT)
+        return turn * int(own.sum()) + int(own[_joint_order(self.seed, turn)[:place]].sum())
+
+    def _permutation(self, bucket: int, epoch: int) -> np.ndarray:
+        kept = self._permutations.setdefault(bucket, {})
+        if epoch not in kept:
+            while len(kept) >= 2:  # a batch may end one epoch and begin the next
+                kept.pop(min(kept))
+            rng = np.random.default_rng([self.seed, self.stream, bucket, epoch, PLAN_ORDER])
+            kept[epoch] = rng.permutation(self.rows[bucket])
+        return kept[epoch]
+
+    def micro_batch(self, step: int, k: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Rows (R,) int64, their epochs (R,) int64, and the length they are padded to."""
+        assert 0 <= k < self.micro_batches, (k, self.micro_batches)
+        bucket = self.bucket(step)
+        n_rows, size = self.rows_per_micro[bucket], len(self.rows[bucket])
+        first = (self._visits(step, bucket) * self.micro_batches + k) * n_rows
+        epochs, places = np.divmod(np.arange(first, first + n_rows), size)
+        rows = np.empty(n_rows, np.int64)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = self._permutation(bucket, int(epoch))[places[epochs == epoch]]
+        return rows, epochs, self.bucket_len[bucket]
+
+    def bucket_max(self, values: np.ndarray) -> dict[int, int]:
+        """The largest of values (n,) among each bucket's rows, by the bucket's padded length."""
+        return {
+            longest: int(values[rows].max()) for longest, rows in zip(self.bucket_len, self.rows)
+        }
+
+    def describe(self) -> list[dict[str, float]]:
+        """One dict a bucket: padded length, rows, rows per micro-batch, steps it gets of every N_JOINT, waste."""
+        return [
+            {
+                "longest": longest,
+                "rows": len(rows),
+                "rows_per_micro": self.rows_per_micro[b],
+                "steps_of_8": int((self.slot_bucket == b).sum()),
+                "padding": 1 - self._real_units[b] / (len(rows) * longest),
+            }
+            for b, (longest, rows) in enumerate(zip(self.bucket_len, self.rows))
+        ]
+
+    def padding_waste(self) -> float:
+        """Share of padding in one pass over all rows."""
+        padded = sum(len(rows) * longest for rows, longest in zip(self.rows, self.bucket_len))
+        return 1 - sum(self._real_units) / padded
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_permutations": {}}
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+class _Tensors:
+    """What every batch can do: move all its tensors."""
+
+    def _map(self, move: Callable):
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self,
+            **{name: value if value is None else move(value) for name, value in values.items()},
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False):
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        return self._map(lambda value: value.pin_memory())
+
+
+@dataclass(frozen=True)
+class SpeechBatch(_Tensors):
+    """Utterances; M is the same for every batch of a bucket. Features are raw: the model standardises them."""
+
+    features: Tensor  # (B, F, 80) float32 log-mel, zero after each row's end
+    feature_lens: Tensor  # (B,) int64
+    masked: Tensor  # (B, T) bool, never on padding
+    masked_index: Tensor  # (M,) int64 into the B*T frames, ascending; filler 0 at the end
+    masked_weight: Tensor  # (M,) float32, 1, and 0 for filler
+
+
+@dataclass(frozen=True)
+class TextBatch(_Tensors):
+    """Rows of text with the tokens to predict."""
+
+    tokens: Tensor  # (B, U) int64, corrupted, PAD after each row's end
+    lens: Tensor  # (B,) int64
+    masked_index: Tensor  # (M,) int64 into the B*U tokens, ascending; filler 0 at the end
+    masked_weight: Tensor  # (M,) float32, 1, and 0 for filler
+    targets: Tensor  # (M,) int64 original tokens, PAD for filler
+
+
+@dataclass(frozen=True)
+class PairBatch(_Tensors):
+    """Speech with its transcript, and for each row a transcript that is not its own (STM)."""
+
+    speech: SpeechBatch
+    text: TextBatch  # [CLS] transcript
+    negative_tokens: Tensor  # (B, U) int64, corrupted at the same share
+    negative_lens: Tensor  # (B,) int64
+    clean_tokens: Tensor  # (B, U) int64
+    clean_negative_tokens: Tensor  # (B, U) int64
+
+
+@dataclass(frozen=True)
+class Batch(_Tensors):
+    """One micro-batch: any of the three streams."""
+
+    speech: SpeechBatch | None = None
+    text: TextBatch | None = None
+    pairs: PairBatch | None = None
+
+    def counts(self) -> dict[str, float]:
+        """What each loss is divided by: positions to predict, or decisions. Only losses with data are named."""
+        counts = {}
+        if self.speech is not None:
+            per_row = self.speech.masked.sum(1)
+            counts["contrastive"] = float(
+                per_row[per_row >= 2].sum()
+            )  # one masked frame has no negatives
+            counts["code_mlm"] = counts["diversity"] = float(per_row.sum())
+        if self.text is not None:
+            counts["span_lm"] = float(self.text.masked_weight.sum())
+        if self.pairs is not None:
+            counts["tlm_text"] = float(self.pairs.text.masked_weight.sum())
+            counts["tlm_speech"] = float(self.pairs.speech.masked_weight.sum())
+            counts["stm"] = 2.0 * len(self.pairs.negative_lens)
+        return counts
+
+
+def _flat_masked(masked: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions of the True ones, filled up to a static number: index (M,) int64 and weight (M,) float32."""
+    places = np.flatnonzero(masked)
+    assert len(places) <= capacity, (len(places), capacity)
+    index, weight = np.zeros(capacity, np.int64), np.zeros(capacity, np.float32)
+    index[: len(places)], weight[: len(places)] = places, 1.0
+    return index, weight
+
+
+def _padded(rows: list[np.ndarray], width: int) -> np.ndarray:
+    """(B, U) int64 of token rows, PAD after their ends."""
+    tokens = np.full((len(rows), width), PAD_ID, np.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens
+
+
+def _lens(rows: list[np.ndarray]) -> Tensor:
+    return torch.tensor([len(row) for row in rows], dtype=torch.int64)
+
+
+def _text_batch(
+    clean: list[np.ndarray],
+    rngs: list[np.random.Generator],
+    share: float,
+    width: int,
+    vocab_size: int,
+) -> TextBatch:
+    """Mask rows of tokens, each with its own random numbers, and pad them to width."""
+    pairs = [mask_text(rng, row, share, TEXT_SPAN, vocab_size) for rng, row in zip(rngs, clean)]
+    masked = _padded([mask for _, mask in pairs], width) == 1  # (B, U)
+    index, weight = _flat_masked(
+        masked, len(clean) * mask_budget(width - 1, share)
+    )  # [CLS] is never masked
+    targets = np.where(weight > 0, _padded(clean, width).ravel()[index], PAD_ID)
+    tokens = torch.from_numpy(_padded([corrupted for corrupted, _ in pairs], width))
+    return TextBatch(tokens, _lens(clean), *map(torch.from_numpy, (index, weight, targets)))
+
+
+def _speech_batch(
+    features: list[Tensor], rngs: list[np.random.Generator], share: float, bucket_len: int
+) -> SpeechBatch:
+    """Pad rows of features (F, 80) to bucket_len, and mask the encoder frames they become."""
+    n_enc = subsampled_lens(bucket_len)
+    padded = torch.zeros(len(features), bucket_len, N_MELS)  # (B, F, 80)
+    masked = np.zeros((len(features), n_enc), bool)  # (B, T)
+    for i, (row, rng) in enumerate(zip(features, rngs)):
+        padded[i, : len(row)] = row
+        n_valid = subsampled_lens(len(row))
+        masked[i, :n_valid] = span_mask(rng, n_valid, share, SPEECH_SPAN)
+    flat = _flat_masked(masked, len(features) * mask_budget(n_enc, share))
+    return SpeechBatch(padded, _lens(features), *map(torch.from_numpy, (masked, *flat)))
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def _row_frames(manifest: Manifest) -> np.ndarray:
+    """(n,) int64 log-mel frames of each row by its duration."""
+    samples = np.rint(manifest.durations * SAMPLE_RATE).astype(np.int64).tolist()
+    return np.fromiter(map(n_frames, samples), np.int64, len(samples))
+
+
+def _read_features(
+    manifest: Manifest, i: int, start: float, seconds: float, at_most: int
+) -> Tensor:
+    """(F, 80) log-mel of a part of row i. Raises ValueError naming row and file where it cannot be had."""
+    row = manifest.row(i)
+    try:
+        wave = read_audio(row["audio_filepath"], row.get("offset", 0.0) + start, seconds)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{manifest.where(i)}: {error}") from error
+    features = (
+        log_mel(torch.from_numpy(wave))[:at_most] if n_frames(len(wave)) else torch.zeros(0, N_MELS)
+    )
+    if subsampled_lens(len(features)) < MIN_ENC_FRAMES:
+        found = f"{len(wave) / SAMPLE_RATE:.3f} s of audio where the manifest says {seconds:g}"
+        raise ValueError(f"{manifest.where(i)}: {row['audio_filepath']}: {found}")
+    return features
+
+
+def _usable(manifest: Manifest, faults: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+    """Rows without a fault, (n,) bool, and the others counted by their first. Raises ValueError when none is left."""
+    keep, left_out = np.ones(len(manifest), bool), {}
+    for reason, bad in faults.items():
+        if n_bad := int((keep & bad).sum()):
+            left_out[reason] = n_bad
+        keep &= ~bad
+    if not keep.any():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        names = ", ".join(str(path) for path, _ in manifest.files)
+        raise ValueError(f"manifest {names}: 0 of {len(manifest)} rows usable ({reasons})")
+    return keep, left_out
+
+
+class SpeechRows:
+    """Speech alone. Rows longer than max_audio_s are cut at random, anew each epoch; very short ones are left out.
+
+    Attributes: lengths (n,) int64 log-mel frames; left_out, reason to number of rows.
+    """
+
+    def __init__(self, manifest: Manifest, max_audio_s: float, seed: int) -> None:
+        too_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
+        keep, self.left_out = _usable(manifest, {"shorter than two encoder frames": too_short})
+        self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
+        self.lengths = np.minimum(
+            _row_frames(self.manifest), n_frames(round(max_audio_s * SAMPLE_RATE))
+        )
+
+    def features(self, row: int, epoch: int) -> Tensor:
+        """(F, 80) log-mel of a row as it is in that epoch, F at most lengths[row]."""
+        spare = max(0.0, self.manifest.durations[row] - self.max_audio_s)
+        start = row_rng(self.seed, epoch, row, SPEECH_CROP).uniform(0, spare) if spare else 0.0
+        seconds = min(self.manifest.durations[row], self.max_audio_s)
+        return _read_features(self.manifest, row, start, seconds, self.lengths[row])
+
+    def collate(self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int) -> SpeechBatch:
+        features = [self.features(row, epoch) for row, epoch in zip(rows, epochs)]
+        rngs = [row_rng(self.seed, epoch, row, SPEECH_MASKING) for row, epoch in zip(rows, epochs)]
+        return _speech_batch(features, rngs, SPEECH_MASK, bucket_len)
+
+
+@dataclass
+class TextRows:
+    """Text alone, packed (TextCorpus.pack). The token files are mapped by each process for itself."""
+
+    corpus: TextCorpus
+    seed: int
+    file: np.ndarray  # (n,) int32
+    start: np.ndarray  # (n,) int64 into the file's token stream
+    stop: np.ndarray  # (n,) int64
+    lengths: np.ndarray  # (n,) int64 tokens, [CLS] and the closing [SEP] counted
+    _maps: dict[int, np.ndarray] = field(init=False, default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def _map(self, file: int) -> np.ndarray:
+        if file not in self._maps:
+            self._maps[file] = np.memmap(self.corpus.paths[file], self.corpus.dtype, mode="r")
+        return self._maps[file]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}
+
+    def tokens(self, i: int) -> np.ndarray:
+        """(U,) int64: [CLS] line [SEP] line [SEP] ..."""
+        stream = self._map(self.file[i])[self.start[i] : self.stop[i]]
+        closing = [] if stream[-1] == SEP_ID else [SEP_ID]  # a piece of a line that was cut
+        return np.concatenate([[CLS_ID], stream, closing]).astype(np.int64)
+
+    def collate(self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int) -> TextBatch:
+        rngs = [row_rng(self.seed, epoch, row, TEXT_MASKING) for row, epoch in zip(rows, epochs)]
+        clean = [self.tokens(row) for row in rows]
+        return _text_batch(clean, rngs, TEXT_MASK, bucket_len, self.corpus.vocab_size)
+
+
+def _transcript_key(text: str) -> str:
+    """What makes two transcripts the same to the ear: their words, without case or punctuation."""
+    return " ".join(re.findall(r"[\w']+", text.casefold()))
+
+
+class PairRows:
+    """Speech with transcripts. Rows that are too long are left out: a cut would no longer match its text.
+
+    Attributes: lengths (n,) int64 log-mel frames; text_lens (n,) int64 tokens of the transcript; text_room (n,) int64
+    tokens of [CLS] and the longest transcript a row may meet, its own or a negative; left_out, reason to
+    number of rows; widened, number of rows whose negatives had to come from outside 10% of their length.
+    """
+
+    def __init__(
+        self, manifest: Manifest, tokenizer: Tokenizer, max_audio_s: float, seed: int
+    ) -> None:
+        self.vocab_size, self.seed = tokenizer.vocab_size, seed
+        numbers: dict[str, int] = {}
+        tokens, stops, transcript = array("i"), array("q"), array("q")
+        for i in range(len(manifest)):
+            text = manifest.text(i)
+            tokens.extend(tokenizer.encode(text))
+            stops.append(len(tokens))
+            transcript.append(numbers.setdefault(_transcript_key(text), len(numbers)))
+        text_lens = np.diff(np.array(stops, np.int64), prepend=0)
+        faults = {
+            "shorter than two encoder frames": subsampled_lens(_row_frames(manifest))
+            < MIN_ENC_FRAMES,
+            f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s,
+            "without transcript": text_lens == 0,
+        }
+        keep, self.left_out = _usable(manifest, faults)
+        self.manifest = manifest.filtered(keep)
+        self.lengths = _row_frames(self.manifest)
+        self._tokens, self._stops = np.array(tokens, np.int32), np.array(stops, np.int64)[keep]
+        self.text_lens = text_lens[keep]
+        self._transcript = np.array(transcript, np.int64)[keep]  # (n,) equal for equal transcripts
+        self._find_windows()
+
+    def _find_windows(self) -> None:
+        """For each row, the transcripts its negatives are drawn from: a range of the rows sorted by text length.
+
+        The range begins with the transcripts of just the row's length and grows token by token to 10% only where
+        they are few; so the length of a text says as little as can be about whether it belongs to the speech.
+        """
+        self._by_length = np.argsort(self.text_lens, kind="stable")
+        ordered, different = self.text_lens[self._by_length], self._transcript[self._by_length]
+        if len(np.unique(different)) < 2:
+            raise ValueError(
+                "speech-text matching needs at least two different transcripts; the pairs hold one"
+            )
+        sizes, of_size = np.unique(self.text_lens, return_inverse=True)
+        windows, self.widened = np.empty((len(sizes), 3), np.int64), 0
+        for j, size in enumerate(sizes.tolist()):
+            reach, limit = 0, max(1, size // 10)
+            while True:
+                first, last = np.searchsorted(ordered, [size - reach, size + reach + 1])
+                n_choices = len(np.unique(different[first:last]))
+                if n_choices >= MIN_CHOICES or (reach >= limit and n_choices >= 2):
+                    break
+                reach = reach + 1 if reach < limit else 2 * reach
+            self.widened += int((of_size == j).sum()) if reach > limit else 0
+            windows[j] = first, last, 1 + ordered[last - 1]
+        self._first, self._last, self.text_room = windows[of_size].T.copy()
+
+    def stm_negative(self, rng: np.random.Generator, i: int) -> int:
+        """A row whose transcript differs from row i's and is about as long."""
+        while True:
+            drawn = self._by_length[rng.integers(self._first[i], self._last[i], size=64)]
+            other = drawn[self._transcript[drawn] != self._transcript[i]]
+            if len(other):
+                return int(other[0])
+
+    def tokens(self, i: int) -> np.ndarray:
+        """(U,) int64: [CLS] and the transcript."""
+        stop = self._stops[i]
+        return np.concatenate([[CLS_ID], self._tokens[stop - self.text_lens[i] : stop]]).astype(
+            np.int64
+        )
+
+    def collate(
+        self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int, text_len: int | None = None
+    ) -> PairBatch:
+        """A batch padded to bucket_len frames and text_len tokens (None: as many as these rows may need)."""
+        width = int(self.text_room[rows].max()) if text_len is None else text_len
+
+        def rngs(purpose: int) -> list[np.random.Generator]:
+            return [row_rng(self.seed, epoch, row, purpose) for row, epoch in zip(rows, epochs)]
+
+        def text_batch(clean: list[np.ndarray], purpose: int) -> TextBatch:
+            return _text_batch(clean, rngs(purpose), TLM_TEXT_MASK, width, self.vocab_size)
+
+        wholes = [(self.manifest.durations[row], self.lengths[row]) for row in rows]
+        features = [
+            _read_features(self.manifest, row, 0.0, *whole) for row, whole in zip(rows, wholes)
+        ]
+        clean = [self.tokens(row) for row in rows]
+        negative = [
+            self.tokens(self.stm_negative(rng, row)) for rng, row in zip(rngs(STM_NEGATIVE), rows)
+        ]
+        corrupted = text_batch(negative, STM_TEXT_MASKING)
+        return PairBatch(
+            speech=_speech_batch(features, rngs(PAIR_SPEECH_MASKING), TLM_SPEECH_MASK, bucket_len),
+            text=text_batch(clean, PAIR_TEXT_MASKING),
+            negative_tokens=corrupted.tokens,
+            negative_lens=corrupted.lens,
+            clean_tokens=torch.from_numpy(_padded(clean, width)),
+            clean_negative_tokens=torch.from_numpy(_padded(negative, width)),
+        )
+
+
+# ------------------------------------------------------------------------------------------------- streams
+
+
+class PretrainData(Dataset):
+    """Micro-batches by (step, k), for DataLoader(data, batch_size=None, sampler=pairs of (step, k), ...).
+
+    Each stream is a pair (rows, its BatchPlan) or None; all plans share seed and micro-batches.
+    """
+
+    def __init__(
+        self,
+        speech: tuple[SpeechRows, BatchPlan] | None = None,
+        text: tuple[TextRows, BatchPlan] | None = None,
+        pairs: tuple[PairRows, BatchPlan] | None = None,
+    ) -> None:
+        self.speech, self.text, self.pairs = speech, text, pairs
+        plans = [stream[1] for stream in (speech, text, pairs) if stream]
+        assert (
+            plans and len({(plan.seed, plan.micro_batches) for plan in plans}) == 1
+        ), "plans differ in seed or A"
+        self.pair_text_len = pairs[1].bucket_max(pairs[0].text_room) if pairs else {}
+
+    def __getitem__(self, step_and_k: tuple[int, int]) -> Batch:
+        streams = {}
+        for name in ("speech", "text", "pairs"):
+            if stream := getattr(self, name):
+                rows, plan = stream
+                chosen, epochs, bucket_len = plan.micro_batch(*step_and_k)
+                more = {"text_len": self.pair_text_len[bucket_len]} if name == "pairs" else {}
+                streams[name] = rows.collate(chosen, epochs, bucket_len, **more)
+        return Batch(**streams)
+
+
+def dev_batches(
+    speech: SpeechRows | None = None,
+    text: TextRows | None = None,
+    pairs: PairRows | None = None,
+    *,
+    speech_units: int,
+    text_units: int,
+) -> Iterator[Batch]:
+    """Every held-out row once, in order of length, as in epoch 0: the same batches at every call.
+
+    Args:  speech_units  log-mel frames of a batch of speech or pairs, padding counted.
+           text_units    tokens of a batch of text, padding counted.
+    Yields batches of one stream each.
+    """
+    for name, rows, units in (
+        ("speech", speech, speech_units),
+        ("text", text, text_units),
+        ("pairs", pairs, speech_units),
+    ):
+        if rows is None:
+            continue
+        order, start = np.argsort(rows.lengths, kind="stable"), 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * rows.lengths[order[stop]] <= units:
+                stop += 1
+            chosen = order[start:stop]
+            longest = int(rows.lengths[chosen[-1]])
+            yield Batch(**{name: rows.collate(chosen, np.zeros_like(chosen), longest)})
+            start = stop
+
+
+def feature_statistics(
+    manifest: Manifest, max_seconds: float = 3600, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the log-mel bins over random rows, at most 30 s of each, an hour in all.
+
+    Returns: mean (80,), std (80,) float32; std is at least 0.01, for bins where there is only digital silence.
+    """
+    count, total, squares, seconds = 0, np.zeros(N_MELS), np.zeros(N_MELS), 0.0
+    for i in np.random.default_rng([seed, STATISTICS]).permutation(len(manifest)):
+        part = min(manifest.durations[i], 30.0)
+        if subsampled_lens(n_frames(round(part * SAMPLE_RATE))) < MIN_ENC_FRAMES:
+            continue
+        if count and seconds + part > max_seconds:
+            break
+        features = _read_features(manifest, i, 0.0, part, sys.maxsize).double().numpy()  # (F, 80)
+        count, seconds = count + len(features), seconds + part
+        total, squares = total + features.sum(0), squares + (features**2).sum(0)
+    if not count:
+        raise ValueError("feature statistics: no usable audio in the manifest")
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-4))
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------- making manifests
+
+
+@dataclass
+class Report:
+    """What an import or a check found. rejected: reason to (number of rows, the first of them)."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    speakers: set[str] = field(default_factory=set)
+    rejected: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def accept(self, row: dict) -> None:
+        self.rows += 1
+        self.seconds += row["duration"]
+        if "speaker" in row:
+            self.speakers.add(str(row["speaker"]))
+
+    def reject(self, reason: str, example: str) -> None:
+        count, first = self.rejected.get(reason, (0, example))
+        self.rejected[reason] = (count + 1, first)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.rows} rows, {self.seconds / 3600:.2f} hours, {len(self.speakers) or 'unknown'} speakers"
+        ]
+        lines += [
+            f"rejected {n}: {reason} (first: {first})"
+            for reason, (n, first) in self.rejected.items()
+        ]
+        return "\n".join(lines)
+
+
+def _write_manifest(out: Path, candidates: Iterable[dict], report: Report) -> Report:
+    """Measure each candidate's audio and write the good rows, in order; paths below out's folder become relative."""
+
+    def measure(row: dict) -> tuple[dict, str]:
+        try:
+            info = soundfile.info(row["audio_filepath"])
+            return {**row, "duration": round(info.frames / info.samplerate, 4)}, ""
+        except (RuntimeError, OSError, TypeError):
+            return row, "cannot decode audio"
+
+    def write(sink: io.BufferedWriter) -> None:
+        with ThreadPoolExecutor(8) as pool:  # waits for the disk, mostly
+            for row, fault in pool.map(measure, candidates):
+                path = Path(row["audio_filepath"])
+                if fault or row["duration"] <= 0:
+                    report.reject(fault or "no samples", str(path))
+                    continue
+                report.accept(row)
+                name = path.relative_to(folder) if path.is_relative_to(folder) else path
+                sink.write(
+                    json.dumps({**row, "audio_filepath": str(name)}, ensure_ascii=False).encode()
+                    + b"\n"
+                )
+        if not report.rows:
+            raise ValueError(f"manifest {out}: nothing to write; {report}".replace("\n", "; "))
+
+    folder = out.resolve().parent
+    _write_atomically(out, write)
+    return report
+
+
+def librispeech_manifest(
+    root: Path | str, out: Path | str, splits: Iterable[str] | None = None
+) -> Report:
+    """Manifest of LibriSpeech's layout: ROOT/SPLIT/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt.
+
+    Args:    root    the folder with the splits, or the one that holds LibriSpeech/.
+             splits  names of splits; None takes all.
+    Raises:  FileNotFoundError for a missing root or split; ValueError where nothing is usable.
+    """
+    root = Path(root).resolve()
+    root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
+    if not root.is_dir():
+        raise FileNotFoundError(f"LibriSpeech {root}: no such folder")
+    found = sorted(path.name for path in root.iterdir() if next(path.glob("*/*/*.trans.txt"), None))
+    splits = found if splits is None else list(splits)
+    if missing := [name for name in splits if name not in found]:
+        raise FileNotFoundError(
+            f"LibriSpeech {root}: no split {missing[0]}; found {found or 'none'} (--splits)"
+        )
+    report = Report()
+
+    def candidates() -> Iterator[dict]:
+        for split in splits:
+            for chapter in sorted(path for path in (root / split).glob("*/*") if path.is_dir()):
+                yield from _chapter_rows(chapter, split, report)
+
+    return _write_manifest(Path(out), candidates(), report)
+
+
+def _chapter_rows(chapter: Path, split: str, report: Report) -> Iterator[dict]:
+    """Rows of one chapter's folder: audio files by id, transcripts from its .trans.txt."""
+    audio = {path.stem: path for path in sorted(chapter.iterdir()) if path.suffix in AUDIO_SUFFIXES}
+    for transcripts in sorted(chapter.glob("*.trans.txt")):
+        for line in read_lines(transcripts):
+            name, _, text = line.partition(" ")
+            path = audio.pop(name, None)
+            if name and path is None:
+                report.reject("transcript without audio, or a second one", f"{transcripts}: {name}")
+            elif name and not text.strip():
+                report.reject("empty transcript", f"{transcripts}: {name}")
+            elif name:
+                row = {"audio_filepath": str(path), "text": text.strip(), "id": name}
+                yield {**row, "speaker": chapter.parent.name, "split": split}
+    for path in audio.values():
+        report.reject("audio without transcript", str(path))
+
+
+def directory_manifest(root: Path | str, out: Path | str) -> Report:
+    """Manifest of all audio below a folder; the transcript is the file of the same name in .txt, where there is one."""
+    root = Path(root).resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"audio folder {root}: no such folder")
+
+    def candidates() -> Iterator[dict]:
+        for path in sorted(
+            path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES
+        ):
+            row = {"audio_filepath": str(path), "id": str(path.relative_to(root).with_suffix(""))}
+            transcript = path.with_suffix(".txt")
+            yield (
+                {**row, "text": " ".join(read_lines(transcript)).strip()}
+                if transcript.is_file()
+                else row
+            )
+
+    return _write_manifest(Path(out), candidates(), Report())
+
+
+def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False) -> Report:
+    """Go through a manifest row by row; unlike Manifest.read, count what is wrong instead of stopping at it."""
+    report = Report()
+    for number, _, _, row in _parse_rows(_read_bytes(path, "manifest")):
+        fault = (
+            ("not a JSON line", str(row)) if isinstance(row, Exception) else row_fault(row, False)
+        )
+        if not fault and row["duration"] > max_audio_s:
+            fault = f"longer than --max-audio-s {max_audio_s:g}", f"{row['duration']:g} s"
+        if not fault and read:
+            fault = _audio_fault(path.parent / row["audio_filepath"], row)
+        if fault:
+            report.reject(fault[0], f"{path}:{number}: {fault[1]}")
+        else:
+            report.accept(row)
+    if not report.rows:
+        raise ValueError(f"manifest {path}: 0 usable rows; {report}".replace("\n", "; "))
+    return report
+
+
+def _audio_fault(path: Path, row: dict) -> tuple[str, str] | None:
+    try:
+        seconds = len(read_audio(path, row.get("offset", 0.0), row["duration"])) / SAMPLE_RATE
+    except (ValueError, FileNotFoundError) as error:
+        return "audio cannot be read", str(error)
+    if seconds < row["duration"] - 0.1:
+        return "audio ends before its row does", f"{path}: {seconds:.2f} s of {row['duration']:g} s"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- command
+
+
+def _run_tokenizer(args: argparse.Namespace) -> None:
+    paths = [Path(name) for name in args.text.split(",")]
+    step = 1
+    if args.max_lines:  # evenly spaced ones, so that every part of the corpus is heard
+        step = max(
+            1, math.ceil(sum(1 for path in paths for _ in read_lines(path)) / args.max_lines)
+        )
+    lines = islice((line for path in paths for line in read_lines(path)), 0, None, step)
+    tokenizer = Tokenizer.train(lines, args.vocab_size, args.text_case)
+    tokenizer.save(args.out)
+    print(
+        f"{args.out}: {tokenizer.vocab_size} pieces, text case {tokenizer.text_case}, {tokenizer.fingerprint}"
+    )
+
+
+def _run_manifest(args: argparse.Namespace) -> None:
+    if args.layout == "librispeech":
+        report = librispeech_manifest(
+            args.root, args.out, args.splits.split(",") if args.splits else None
+        )
+    else:
+        report = directory_manifest(args.root, args.out)
+    print(f"{args.out}: {report}")
+
+
+def _run_check(args: argparse.Namespace) -> None:
+    print(f"{args.manifest}: {check_manifest(Path(args.manifest), args.max_audio_s, args.read)}")
+    if args.tokenizer:
+        tokenizer, texts = Tokenizer.load(args.tokenizer), []
+        for _, _, _, row in _parse_rows(_read_bytes(Path(args.manifest), "manifest")):
+            if isinstance(row, dict) and not row_fault(row, True) and row["text"].strip():
+                texts.append(row["text"])
+        lens, unknown = [], 0
+        for ids in tokenizer.encode(texts):
+            lens.append(len(ids))
+            unknown += ids.count(UNK_ID)
+        print(
+            f"{len(texts)} transcripts, {sum(lens)} tokens, longest {max(lens, default=0)}, unknown {unknown}"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="data.py", description="Prepare and check training data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    tokenizer = commands.add_parser("tokenizer", help="train a SentencePiece tokenizer")
+    tokenizer.add_argument(
+        "--text", required=True, help="text files, comma separated; one sentence per line"
+    )
+    tokenizer.add_argument(
+        "--vocab-size", type=int, default=32000, help="pieces (default 32000, as SLAM)"
+    )
+    tokenizer.add_argument("--out", required=True, help="model file to write")
+    tokenizer.add_argument(
+        "--text-case", choices=("lower", "keep"), default="lower", help="(default lower)"
+    )
+    tokenizer.add_argument(
+        "--max-lines", type=int, help="train on at most so many lines, evenly spaced (default all)"
+    )
+    tokenizer.set_defaults(run=_run_tokenizer)
+
+    manifest = commands.add_parser("manifest", help="write a manifest of a corpus")
+    layouts = manifest.add_subparsers(dest="layout", required=True)
+    for layout, about in (
+        ("librispeech", "LibriSpeech's folders"),
+        ("directory", "any folder of audio"),
+    ):
+        command = layouts.add_parser(layout, help=about)
+        command.add_argument("root", help="folder to read")
+        command.add_argument("out", help="manifest to write (.jsonl)")
+        if layout == "librispeech":
+            command.add_argument("--splits", help="comma separated (default all)")
+        command.set_defaults(run=_run_manifest)
+
+    check = commands.add_parser("check", help="count rows, hours, speakers and what is wrong")
+    check.add_argument("manifest")
+    check.add_argument("--tokenizer", help="also count tokens with this model")
+    check.add_argument(
+        "--max-audio-s", type=float, default=math.inf, help="seconds; longer rows are rejected"
+    )
+    check.add_argument("--read", action="store_true", help="decode every file")
+    check.set_defaults(run=_run_check)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

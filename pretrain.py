@@ -1,0 +1,745 @@
+"""Pre-train SLAM: one Conformer on unlabelled speech, unlabelled text and transcribed speech at once.
+
+SLAM (Bapna et al. 2021) section 3. `python pretrain.py` makes a small embedded corpus and pre-trains on it;
+`torchrun pretrain.py --modalities speech,text --align tlm,stm --speech ... --text ... --paired ...` is a real run.
+
+Each optimiser step reads three streams and sums the gradients of all their objectives:
+    speech   contrastive + 0.1 diversity on the speech encoder, masked code prediction on top (w2v-BERT)
+    text     span-masked LM on top
+    pairs    TLM (masked tokens and masked codes of the joined pair), STM (do they match?), CTC as an extension
+
+Stages are runs: stage 1 `--align none`, stage 2 `--align tlm,stm --init STAGE1`, stage 3 `--modalities speech --init STAGE2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import data
+import demo
+import losses as L
+import training
+from conformer import SIZES, SlamConfig, SlamEncoder, join, sized, subsampled_lens, valid_mask
+from quantizer import GumbelQuantizer, LinearTarget
+from training import Ranks
+
+MASK_FILL_STD = 0.1  # of the noise that replaces masked features, relative to their own deviation (DECISIONS 7)
+DIVERSITY_WEIGHT = 0.1  # w2v-BERT's alpha
+RETRIEVAL_TEXTS, RETRIEVAL_QUERIES = 100, 50  # held-out probe: find the transcript among so many texts
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+@dataclasses.dataclass(frozen=True)
+class Objectives:
+    """What a run optimises. Raises ValueError when the switches do not go together."""
+
+    modalities: tuple[str, ...] = ("speech", "text")
+    align: tuple[str, ...] = ("tlm", "stm")
+    speech_objective: str = "w2v-bert"
+    stm_unmasked: bool = False
+
+    def __post_init__(self) -> None:
+        for given, known, flag in ((self.modalities, ("speech", "text"), "modalities"), (self.align, ("tlm", "stm", "ctc"), "align")):
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise ValueError(f"--{flag} {','.join(given)}: {unknown[0]!r} is not one of {', '.join(known)}")
+        if not self.modalities:
+            raise ValueError("--modalities is empty: give speech, text or speech,text")
+        if self.align and set(self.modalities) != {"speech", "text"}:
+            raise ValueError(f"--align {','.join(self.align)} needs --modalities speech,text; use --align none")
+        if self.align and self.align[0] != "tlm":
+            raise ValueError(f"--align {','.join(self.align)}: stm and ctc come on top of tlm (none | tlm | tlm,stm | tlm,stm,ctc)")
+        if self.align and self.speech_objective == "contrastive":
+            raise ValueError("--speech-objective contrastive has no codes for TLM to predict: use --align none")
+
+    @property
+    def names(self) -> list[str]:
+        """The losses of the run, in a fixed order."""
+        names = []
+        if "speech" in self.modalities:
+            names += ["contrastive"] + (["diversity", "code_mlm"] if self.speech_objective == "w2v-bert" else [])
+        names += ["span_lm"] if "text" in self.modalities else []
+        for option, its in (("tlm", ["tlm_text", "tlm_speech"]), ("stm", ["stm"]), ("ctc", ["ctc"])):
+            names += its if option in self.align else []
+        return names
+
+
+class SlamPretraining(nn.Module):
+    """The encoder, the quantizer and one head an objective; nothing is built that the objectives do not use."""
+
+    def __init__(self, config: SlamConfig, objectives: Objectives) -> None:
+        super().__init__()
+        self.config, self.objectives_of_run, self.objectives = config, objectives, objectives.names
+        D, V, G = config.d_model, config.n_codes, config.n_codebooks
+        self.encoder = SlamEncoder(config, objectives.modalities)
+        if "speech" in objectives.modalities:
+            self.context_project = nn.Linear(D, config.code_dim)
+            if objectives.speech_objective == "w2v-bert":
+                schedule = (config.gumbel_start, config.gumbel_decay, config.gumbel_end)
+                self.quantizer = GumbelQuantizer(config.conv_dim, G, V, config.code_dim, schedule)
+                self.code_head = nn.Linear(D, G * V)  # code prediction and TLM's speech side (DECISIONS 12)
+            else:
+                self.linear_target = LinearTarget(config.conv_dim, config.code_dim)
+        if "text" in objectives.modalities:
+            self.text_head = nn.Linear(D, config.vocab_size)  # span LM and TLM's text side, untied from the embedding
+            unigram = torch.full((config.vocab_size,), -math.log(config.vocab_size))
+            self.register_buffer("unigram", unigram, persistent=False)  # log-frequencies of the training text
+        if "stm" in objectives.align:
+            self.match_head = nn.Linear(D, 1)
+        if "ctc" in objectives.align:
+            self.ctc_head = nn.Linear(D, config.vocab_size)
+
+    def step_done(self) -> None:
+        """Called after each optimiser step: the Gumbel temperature counts them, over all stages."""
+        if hasattr(self, "quantizer"):
+            self.quantizer.step += 1
+
+    def forward(self, batch: data.Batch) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
+        """All objectives of one micro-batch: {name: Loss} and statistics that add up over micro-batches."""
+        out: dict[str, L.Loss] = {}
+        statistics: dict[str, Tensor] = {}
+        if batch.speech is not None:
+            losses, statistics = self.speech_losses(batch.speech)
+            out |= losses
+        if batch.text is not None:
+            out |= self.text_losses(batch.text)
+        if batch.pairs is not None:
+            out |= self.pair_losses(batch.pairs)
+        return out, statistics
+
+    def mask_fill(self, conv: Tensor, masked: Tensor, lens: Tensor) -> Tensor:
+        """Replace masked frames by noise: (B, T, C), (B, T) bool, (B,) -> (B, T, C).
+
+        w2v-BERT fills with random vectors, not with one learned vector. Their deviation is relative to that of the row's
+        features, so that the fill is faint whatever the convolutions' scale has become.
+        """
+        valid = valid_mask(lens, conv.shape[1])[..., None].to(conv.dtype)
+        count = (valid.sum((1, 2), keepdim=True) * conv.shape[2]).clamp(min=1)
+        mean = conv.sum((1, 2), keepdim=True) / count  # padding is zero
+        deviation = (((conv - mean) * valid).square().sum((1, 2), keepdim=True) / count).sqrt().detach()
+        return torch.where(masked[..., None], MASK_FILL_STD * deviation * torch.randn_like(conv), conv)
+
+    def speech_losses(self, speech: data.SpeechBatch) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
+        """w2v-BERT on unlabelled speech, or the contrastive loss alone at the top for w2v-conformer."""
+        conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)  # (B, T, C)
+        B, T, _ = conv.shape
+        at, weight = speech.masked_index, speech.masked_weight  # (M,)
+        context, states = self.encoder.speech.encode(self.mask_fill(conv, speech.masked, lens), lens)
+        top = self.encoder.multimodal(states, lens)  # (B, T, D)
+        unmasked = conv.flatten(0, 1)[at]  # (M, C): what was there before the mask
+        negatives, usable = L.sample_negatives(at // T, weight, L.N_NEGATIVES, B)
+
+        if self.objectives_of_run.speech_objective == "contrastive":
+            guess = self.context_project(top.flatten(0, 1)[at])
+            return {"contrastive": L.contrastive(guess, self.linear_target(unmasked), negatives, usable, None)}, {}
+
+        codes = self.quantizer(unmasked, weight)
+        guess = self.context_project(context.flatten(0, 1)[at])  # (M, code_dim)
+        logits = self.code_head(top.flatten(0, 1)[at]).unflatten(1, codes.ids.shape[1:] + (-1,))  # (M, G, V)
+        losses = {
+            "contrastive": L.contrastive(guess, codes.vectors, negatives, usable, codes.drawn),
+            "diversity": L.diversity(codes.soft_perplexity, codes.hard_counts.numel(), weight),
+            "code_mlm": L.code_prediction(logits, codes.ids, weight),
+        }
+        one = torch.ones_like(codes.soft_perplexity)
+        return losses, {
+            "code_counts": codes.hard_counts,
+            "soft_perplexity": codes.soft_perplexity,
+            "soft_perplexity_n": one * codes.hard_counts.shape[0],
+        }
+
+    def text_losses(self, text: data.TextBatch) -> dict[str, L.Loss]:
+        """Span-masked LM; the vocabulary softmax runs on masked positions only."""
+        top = self.encoder.multimodal(self.encoder.text(text.tokens), text.lens)  # (B, U, D)
+        logits = self.text_head(top.flatten(0, 1)[text.masked_index])  # (M, V)
+        return {"span_lm": L.token_prediction(logits, text.targets, text.masked_weight, self.unigram)}
+
+    def pair_losses(self, pairs: data.PairBatch) -> dict[str, L.Loss]:
+        """TLM on the joined pair, STM on its [CLS] against another utterance's text, CTC before the text is joined.
+
+        STM's negatives are extra rows: the same masked speech with masked foreign text, read for [CLS] alone.
+        """
+        speech, text, with_stm = pairs.speech, pairs.text, hasattr(self, "match_head")
+        conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)
+        _, states = self.encoder.speech.encode(self.mask_fill(conv, speech.masked, lens), lens)  # (B, T, D)
+        stm_masked = with_stm and not self.objectives_of_run.stm_unmasked
+        texts = torch.cat([text.tokens, pairs.negative_tokens]) if stm_masked else text.tokens
+        text_lens = torch.cat([text.lens, pairs.negative_lens]) if stm_masked else text.lens
+        top, text_start = self.encode_pairs(states, lens, texts, text_lens)
+        out = self.tlm_losses(pairs, conv, top, text_start)
+        if with_stm:
+            if not stm_masked:  # --stm-unmasked: matching on clean speech and clean text, at the price of a second pass
+                _, states = self.encoder.speech.encode(conv, lens)
+                texts = torch.cat([pairs.clean_tokens, pairs.clean_negative_tokens])
+                text_lens = torch.cat([text.lens, pairs.negative_lens])
+                top, text_start = self.encode_pairs(states, lens, texts, text_lens)
+            label = torch.cat([torch.ones_like(lens), torch.zeros_like(lens)])  # (2B,)
+            out["stm"] = L.speech_text_matching(self.match_logit(top, text_start), label)
+        if hasattr(self, "ctc_head"):
+            # UNSPECIFIED IN PAPER: whether CTC sees masked speech. It shares TLM's pass, so it does.
+            targets, target_lens = pairs.clean_tokens[:, 1:], text.lens - 1  # without [CLS]
+            out["ctc"] = L.ctc(self.ctc_head(states), lens, targets, target_lens)
+        return out
+
+    def encode_pairs(self, states: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Join speech states (B, T, D) with B or 2B rows of text -> (rows, T+U, D) and (rows,) places of [CLS]."""
+        copies = tokens.shape[0] // states.shape[0]
+        states, lens = states.repeat(copies, 1, 1), lens.repeat(copies)
+        joined, joined_lens = join(states, lens, self.encoder.text(tokens), token_lens)
+        return self.encoder.multimodal(joined, joined_lens), lens
+
+    def tlm_losses(self, pairs: data.PairBatch, conv: Tensor, top: Tensor, text_start: Tensor) -> dict[str, L.Loss]:
+        """Masked tokens and masked codes of the joined pair; only its true texts, which are the first B rows of `top`."""
+        speech, text = pairs.speech, pairs.text
+        (T, U), length, flat = (conv.shape[1], text.tokens.shape[1]), top.shape[1], top.flatten(0, 1)
+        row, place = speech.masked_index // T, speech.masked_index % T
+        ids = self.quantizer.name(conv.flatten(0, 1)[speech.masked_index])  # (M, G)
+        code_logits = self.code_head(flat[row * length + place]).unflatten(1, ids.shape[1:] + (-1,))
+        row, place = text.masked_index // U, text.masked_index % U
+        token_logits = self.text_head(flat[row * length + text_start[row] + place])
+        return {
+            "tlm_text": L.token_prediction(token_logits, text.targets, text.masked_weight, self.unigram),
+            "tlm_speech": L.code_prediction(code_logits, ids, speech.masked_weight),
+        }
+
+    def match_logit(self, top: Tensor, text_start: Tensor) -> Tensor:
+        """(rows, L, D) and the place of [CLS] (rows,) -> (rows,) logits of "this text belongs to this speech"."""
+        cls = top[torch.arange(top.shape[0], device=top.device), text_start]  # (rows, D)
+        return self.match_head(cls)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------- held-out probes
+
+
+def evaluate(model: SlamPretraining, rows: dict[str, Any], args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+    """Held-out losses and accuracies of every objective, and two probes of alignment.
+
+    `acc/tlm_text_wrong_speech` is TLM's text accuracy when each transcript is joined with another row's speech: what it
+    lacks against `acc/tlm_text` is what the model hears. `acc/retrieval` finds the transcript among RETRIEVAL_TEXTS.
+    """
+    units = {"speech_units": int(100 * max(args.batch_s, 20.0)), "text_units": max(args.batch_tokens, args.row_tokens)}
+
+    def batches(*names: str) -> Iterator[data.Batch]:
+        chosen = {name: rows.get(name) for name in names}
+        return data.dev_batches(**chosen, **units) if any(chosen.values()) else iter(())
+
+    metrics = training.means(training.evaluate_sums(model, batches("speech", "text", "pairs"), args, ranks))
+    if rows.get("pairs") is not None and "tlm" in model.objectives_of_run.align:
+        wrong = (with_wrong_speech(batch) for batch in batches("pairs") if len(batch.pairs.text.lens) > 1)
+        metrics["acc/tlm_text_wrong_speech"] = training.means(
+            training.evaluate_sums(model, wrong, args, ranks)
+        ).get("acc/tlm_text", math.nan)
+    if rows.get("pairs") is not None and hasattr(model, "match_head"):
+        metrics |= retrieval(model, rows["pairs"], args, ranks)
+    return metrics
+
+
+def with_wrong_speech(batch: data.Batch) -> data.Batch:
+    """The same texts and text masks, each with the speech of the row before it."""
+    speech = batch.pairs.speech
+    B, T = speech.masked.shape
+    masked = speech.masked.roll(1, 0)
+    index = masked.flatten().nonzero()[:, 0]
+    rolled = dataclasses.replace(
+        speech,
+        features=speech.features.roll(1, 0),
+        feature_lens=speech.feature_lens.roll(1, 0),
+        masked=masked,
+        masked_index=torch.nn.functional.pad(index, (0, len(speech.masked_index) - len(index))),
+    )
+    return dataclasses.replace(batch, pairs=dataclasses.replace(batch.pairs, speech=rolled))
+
+
+@torch.no_grad()
+def retrieval(model: SlamPretraining, rows: data.PairRows, args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+    """Share of held-out utterances whose own transcript has the highest match among RETRIEVAL_TEXTS different ones.
+
+    Speech and text are whole (unmasked). Every candidate list is the same: the first different transcripts of the set.
+    """
+    texts: dict[str, int] = {}
+    for i in range(len(rows.manifest)):
+        texts.setdefault(rows.manifest.text(i), i)
+    candidates = list(texts.values())[:RETRIEVAL_TEXTS]
+    tokens = [torch.from_numpy(rows.tokens(i)) for i in candidates]
+    lens = torch.tensor([len(t) for t in tokens], device=ranks.device)
+    padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(ranks.device)  # (candidates, U)
+    model.eval()
+    found = torch.zeros(2, dtype=torch.float64)
+    for place in range(ranks.rank, min(RETRIEVAL_QUERIES, len(candidates)), ranks.world_size):
+        row = torch.tensor([candidates[place]]).numpy()
+        speech = rows.collate(row, row * 0, int(rows.lengths[row[0]])).speech.to(ranks.device)
+        with training.autocast(ranks.device, args.dtype):
+            conv, speech_lens = model.encoder.speech.subsample(speech.features, speech.feature_lens)
+            _, states = model.encoder.speech.encode(conv, speech_lens)  # (1, T, D)
+            scores = model.match_logit(*model.encode_pairs(states, speech_lens, padded, lens))  # (candidates,)
+        found += torch.tensor([float(scores.argmax() == place), 1.0], dtype=torch.float64)
+    right, asked = ranks.sum(found.to(ranks.device)).tolist()
+    return {"acc/retrieval": right / max(asked, 1), "chance/retrieval": 1 / max(len(candidates), 1), "count/retrieval": asked}
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
+    """No data was given: make (or reuse) the demo corpus and fill in the arguments, through the real importers."""
+    root, prepared = args.demo_dir, args.demo_dir / "manifests"
+    if ranks.local_rank == 0:
+        demo.make_demo(root, seed=0, log=ranks.log)
+        for name, splits in DEMO_MANIFESTS.items():
+            path = prepared / f"{name}.jsonl"
+            if not path.exists() or path.stat().st_mtime < (root / "demo.json").stat().st_mtime:
+                data.librispeech_manifest(root / "LibriSpeech", path, splits)
+        if not (prepared / "tokenizer.model").exists():
+            with open(root / "text" / "train.txt", encoding="utf-8") as lines:
+                data.Tokenizer.train(lines, sized(args.size).vocab_size if args.size == "tiny" else 512, "lower").save(
+                    prepared / "tokenizer.model"
+                )
+    ranks.wait()
+    args.speech, args.paired, args.dev_speech = (str(prepared / f"{n}.jsonl") for n in DEMO_MANIFESTS)
+    args.dev_paired = args.dev_speech
+    args.text, args.dev_text = str(root / "text" / "train.txt"), str(root / "text" / "dev.txt")
+    args.tokenizer = args.tokenizer or prepared / "tokenizer.model"
+
+
+DEMO_MANIFESTS = {
+    "speech": ["train-clean-100", "train-other-500"],
+    "paired": ["train-clean-100"],
+    "dev": ["dev-clean"],
+}
+
+
+def paths_of(comma_list: str | None) -> list[Path]:
+    """`a.jsonl,b.jsonl` -> [Path, Path]."""
+    return [Path(part) for part in (comma_list or "").split(",") if part]
+
+
+def load_rows(args: argparse.Namespace, objectives: Objectives, tokenizer: data.Tokenizer | None, dev: bool) -> dict[str, Any]:
+    """The rows of the streams that the objectives read: {"speech": SpeechRows, "text": TextRows, "pairs": PairRows}.
+
+    Raises ValueError naming the flag when a stream of a training run has no data; held-out streams may be missing.
+    """
+    prefix, rows = ("dev_" if dev else ""), {}
+    wanted = [(m, m) for m in objectives.modalities] + ([("pairs", "paired")] if objectives.align else [])
+    for stream, name in wanted:
+        paths = paths_of(getattr(args, prefix + name))
+        if not paths:
+            if dev:
+                continue
+            what = "--align" if stream == "pairs" else "--modalities"
+            raise ValueError(f"--{name} is missing: {what} asks for {stream}; give its files, or no data at all for the demo")
+        if stream == "speech":
+            rows[stream] = data.SpeechRows(data.Manifest.read(paths), args.max_audio_s, args.seed)
+        elif stream == "text":
+            rows[stream] = data.TextCorpus.open(paths, tokenizer).pack(args.row_tokens, args.seed)
+        else:
+            manifest = data.Manifest.read(paths, text_required=True)
+            rows[stream] = data.PairRows(manifest, tokenizer, args.max_audio_s, args.seed)
+    return rows
+
+
+def make_plans(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, data.BatchPlan]:
+    """One endless batch plan a stream; units are log-mel frames for speech and pairs, tokens for text."""
+    units = {"speech": 100 * args.batch_s, "text": args.batch_tokens, "pairs": 100 * args.batch_paired_s}
+    return {
+        name: data.BatchPlan(
+            its.lengths, int(units[name]), micro_batches=args.micro_batches, seed=args.seed, stream=i
+        )
+        for i, (name, its) in enumerate(sorted(rows.items()))
+    }
+
+
+def unigram_of(rows: dict[str, Any], vocab_size: int) -> Tensor:
+    """(V,) float32 log-frequencies of the training text's tokens, each counted once more than it occurs."""
+    counts = torch.ones(vocab_size, dtype=torch.float64)
+    counts += torch.as_tensor(rows["text"].corpus.counts.astype("float64"))
+    counts[: data.N_SPECIAL] = 1
+    return (counts / counts.sum()).log().float()
+
+
+# ---------------------------------------------------------------------------------------------- starting and going on
+
+
+def initialise(model: SlamPretraining, checkpoint: dict[str, Any], ranks: Ranks) -> dict[str, Tensor]:
+    """Start a stage from another stage's weights; new heads stay as they were made.
+
+    Returns: the weights that this stage does not build (text, when going on with speech alone). They are carried in its
+             checkpoints unread, so that a later stage finds them.
+    Raises:  ValueError naming a weight whose shape does not fit.
+    """
+    weights, own = checkpoint.get("carried", {}) | checkpoint["model"], model.state_dict()
+    for name in own.keys() & weights.keys():
+        if own[name].shape != weights[name].shape:
+            raise ValueError(
+                f"--init: {name} has shape {tuple(weights[name].shape)} in the checkpoint and {tuple(own[name].shape)} here; "
+                "give the --size and --tokenizer that it was trained with"
+            )
+    matched = {name: weights[name] for name in own if name in weights}
+    model.load_state_dict(own | matched)
+    carried = {name: value for name, value in weights.items() if name not in own}
+    fresh = sorted({name.split(".")[0] for name in own.keys() - matched.keys()})
+    ranks.log(f"init: {len(matched)} of {len(own)} tensors taken, {len(carried)} carried unread, new: {', '.join(fresh) or 'none'}")
+    return carried
+
+
+def fingerprint(args: argparse.Namespace, config: SlamConfig, objectives: Objectives, rows: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the run that was interrupted."""
+    return {
+        "--size and its options": dataclasses.asdict(config),
+        "--modalities, --align, --speech-objective": json.loads(json.dumps(dataclasses.asdict(objectives))),
+        "--seed": args.seed,
+        "--batch-s, --batch-tokens, --batch-paired-s": [args.batch_s, args.batch_tokens, args.batch_paired_s],
+        "--lr, --warmup-steps": [args.lr, args.warmup_steps],
+        "the manifests": {name: [len(its.lengths), int(its.lengths.sum())] for name, its in rows.items()},
+    }
+
+
+def check_same_run(stored: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for the first thing that differs between a checkpoint's run and this one."""
+    for name, value in now.items():
+        if stored.get(name) != value:
+            raise ValueError(
+                f"{path}: cannot be resumed, {name} was {stored.get(name)} and now is {value}; "
+                "repeat the old options, or start a new run with another --out-dir"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- what the user sees
+
+
+def parameter_table(model: SlamPretraining) -> str:
+    """Lines of name and millions of parameters, the 24 blocks of `xl` apart from what surrounds them."""
+
+    def count(*modules: nn.Module | None) -> int:
+        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+
+    encoder, parts = model.encoder, []
+    stacks = [encoder.multimodal] + ([encoder.speech.stack] if encoder.speech else [])
+    blocks = sum(len(stack.blocks) for stack in stacks)
+    parts.append((f"{blocks} Conformer blocks", count(*stacks)))
+    if encoder.text is not None:
+        parts.append(("text embedding", count(encoder.text)))
+        parts.append(("blocks and embedding", count(*stacks, encoder.text)))
+    if encoder.speech is not None:
+        parts.append(("subsampling and linears", count(encoder.speech) - count(encoder.speech.stack)))
+    heads = {name: module for name, module in model.named_children() if name != "encoder"}
+    parts += [(name.replace("_", " "), count(module)) for name, module in heads.items()]
+    parts.append(("all", count(model)))
+    return "\n".join(f"  {name:<26}{n / 1e6:10.2f} M" for name, n in parts)
+
+
+def chance_table(model: SlamPretraining) -> str:
+    """The loss of a model that has learned nothing, for each objective."""
+    config, K = model.config, L.N_NEGATIVES
+    levels = {
+        "contrastive": f"{math.log(1 + K):.3f}  ln(1 + {K} distractors); less where rows are short or codes coincide",
+        "diversity": "0 when all codes are used alike, near 1 when collapsed",
+        "code_mlm": f"{config.n_codebooks * math.log(config.n_codes):.3f}  ln {config.n_codes}; the log prints the entropy of the codes in use",
+        "tlm_speech": f"{config.n_codebooks * math.log(config.n_codes):.3f}  the same",
+        "span_lm": f"{math.log(config.vocab_size):.3f}  ln {config.vocab_size}; the log prints that of the corpus' frequencies",
+        "tlm_text": f"{math.log(config.vocab_size):.3f}  the same",
+        "stm": f"{math.log(2):.3f}  ln 2",
+    }
+    return "\n".join(f"  {name:<12}{levels[name]}" for name in model.objectives if name in levels)
+
+
+def plan_table(plans: dict[str, data.BatchPlan]) -> str:
+    """Each stream's buckets: longest row, rows a micro-batch, and the padding that the plan costs."""
+    lines = []
+    for name, plan in plans.items():
+        unit, scale = ("tokens", 1) if name == "text" else ("s", 100)
+        lines.append(f"  {name}: {len(plan.lengths)} rows, padding {100 * plan.padding_waste():.1f}%")
+        for row in plan.describe():
+            longest = row["longest"] / scale
+            lines.append(f"    up to {longest:7.2f} {unit:<6} {row['rows']:>9} rows, {row['rows_per_micro']} a micro-batch")
+    return "\n".join(lines)
+
+
+def progress_line(step: int, args: argparse.Namespace, metrics: dict[str, float], objectives: list[str]) -> str:
+    """One plain line: each loss with its accuracy, codes, rate, speed."""
+    parts = [f"step {step:>5}/{args.max_steps}"]
+    for name in objectives:
+        if f"loss/{name}" in metrics:
+            accuracy = f" ({100 * metrics[f'acc/{name}']:.1f}%)" if f"acc/{name}" in metrics else ""
+            parts.append(f"{name} {metrics[f'loss/{name}']:.3f}{accuracy}")
+    if "ppl/code" in metrics:
+        parts.append(f"ppl {metrics['ppl/code']:.0f}")
+    parts.append(f"lr {metrics['lr']:.1e}  grad {metrics['grad_norm']:.2f}  {metrics['step_ms']:.0f} ms")
+    return "  ".join(parts)
+
+
+def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
+    """Objective, loss against its chance level, accuracy against that of a blind guess, share of codes in use."""
+    lines = [f"  {'objective':<24}{'loss':>9}{'chance':>9}{'accuracy':>11}{'chance':>9}"]
+
+    def cell(key: str, percent: bool, width: int) -> str:
+        value = metrics.get(key)
+        text = "" if value is None else (f"{100 * value:.2f}%" if percent else f"{value:.3f}")
+        return f"{text:>{width}}"
+
+    for name in [*objectives, "tlm_text_wrong_speech", "retrieval"]:
+        if f"loss/{name}" in metrics or f"acc/{name}" in metrics:
+            cells = [cell(f"loss/{name}", False, 9), cell(f"chance_loss/{name}", False, 9)]
+            cells += [cell(f"acc/{name}", True, 11), cell(f"chance/{name}", True, 9)]
+            lines.append(f"  {name:<24}" + "".join(cells))
+    if "codes_used" in metrics:
+        lines.append(f"  codes in use {100 * metrics['codes_used']:.1f}%, perplexity {metrics['ppl/code']:.1f}")
+    return "\n".join(lines)
+
+
+def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
+    """curves.png from metrics.jsonl: a panel an objective, training and held-out loss against the chance level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = training.read_metrics(out_dir / "metrics.jsonl")
+    panels = [name for name in objectives if any(f"loss/{name}" in row for row in rows)] + ["ppl/code"]
+    columns = min(4, len(panels))
+    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.4 * columns, 2.6 * -(-len(panels) // columns)), squeeze=False)
+    for axis, name in zip(axes.flat, panels):
+        keys = [("ppl/code", "train", "-")] if name == "ppl/code" else [
+            (f"loss/{name}", "train", "-"), (f"chance_loss/{name}", "chance", ":"), (f"dev/loss/{name}", "held out", "o")
+        ]  # fmt: skip
+        for key, label, style in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points), style, label=label, markersize=3)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out_dir / "curves.png", dpi=120)
+    plt.close(figure)
+    return out_dir / "curves.png"
+
+
+# ---------------------------------------------------------------------------------------------- the entry point
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; defaults that belong to a size stay None until the size is known."""
+    parser = argparse.ArgumentParser(description="Pre-train SLAM. With no data arguments: on the embedded demo corpus.")
+    g = parser.add_argument_group("data (comma lists are pooled; manifests are JSON lines, see data.py)")
+    g.add_argument("--speech", metavar="A.jsonl,...", help="unlabelled audio")
+    g.add_argument("--text", metavar="A.txt,...", help="plain sentences, one a line, blank lines between documents")
+    g.add_argument("--paired", metavar="A.jsonl,...", help="transcribed audio")
+    for name in ("speech", "text", "paired"):
+        g.add_argument(f"--dev-{name}", metavar="FILES", help=f"held-out {name}, for the evaluations")
+    g.add_argument("--tokenizer", type=Path, help="SentencePiece model made by `python data.py tokenizer`")
+    g.add_argument("--demo-dir", type=Path, default=Path("demo_data"), help="where the demo is kept (default: %(default)s)")
+    g.add_argument("--max-audio-s", type=float, default=30.0, help="longer speech is cut, longer pairs left out (%(default)s)")
+    g.add_argument("--batch-s", type=float, help="seconds of unlabelled audio a step, all ranks (default: the size's)")
+    g.add_argument("--batch-paired-s", type=float, help="seconds of transcribed audio a step (default: the size's)")
+    g.add_argument("--batch-tokens", type=int, help="text tokens a step, all ranks (default: the size's)")
+    g.add_argument("--row-tokens", type=int, help="longest text row in tokens (default: the size's)")
+    g = parser.add_argument_group("model and objectives")
+    g.add_argument("--size", choices=SIZES, default="tiny", help="see SIZES in conformer.py (default: %(default)s)")
+    g.add_argument("--modalities", default="speech,text", help="speech | text | speech,text (default: %(default)s)")
+    g.add_argument("--align", help="none | tlm | tlm,stm | tlm,stm,ctc (default: tlm,stm with both modalities)")
+    g.add_argument("--speech-objective", choices=("w2v-bert", "contrastive"), default="w2v-bert", help="contrastive: w2v-conformer")
+    g.add_argument("--stm-unmasked", action="store_true", help="matching on clean speech and text (default: masked as for TLM)")
+    g.add_argument("--out-dir", type=Path, default=Path("runs/demo"), help="checkpoints, metrics.jsonl, curves.png (%(default)s)")
+    training.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
+    """Fill in what depends on the size, on the ranks and on other flags. Raises ValueError for what cannot be."""
+    size = sized(args.size)
+    for name in ("max_steps", "lr", "warmup_steps", "grad_clip", "batch_s", "batch_paired_s", "batch_tokens", "row_tokens"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(size, name))
+    modalities = tuple(args.modalities.split(","))
+    both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
+    align = args.align or ("tlm,stm" if both else "none")
+    align = () if align == "none" else tuple(align.split(","))
+    objectives = Objectives(modalities, align, args.speech_objective, args.stm_unmasked)
+    args.dtype = training.resolve_dtype(args.dtype, ranks.device)
+    args.loss_weights = {"diversity": DIVERSITY_WEIGHT} | training.parse_weights(args.loss_weights, objectives.names)
+    return objectives
+
+
+def resolve_micro_batches(args: argparse.Namespace, ranks: Ranks, checkpoint: dict[str, Any] | None) -> None:
+    """A: as given, else as the resumed run had it, else one a rank. It must be a multiple of the number of ranks."""
+    stored = checkpoint["args"]["micro_batches"] if checkpoint else None
+    args.micro_batches = args.micro_batches or stored or ranks.world_size
+    if stored and stored != args.micro_batches:
+        raise ValueError(f"--micro-batches {args.micro_batches}: the run to resume has {stored}, which its batch plan depends on")
+    if args.micro_batches % ranks.world_size:
+        raise ValueError(f"--micro-batches {args.micro_batches} must be a multiple of the {ranks.world_size} ranks")
+
+
+def describe(model: SlamPretraining, plans: dict[str, data.BatchPlan], args: argparse.Namespace) -> str:
+    """What a run is, before it starts: parameters, chance levels, batch plan."""
+    streams = [f"{args.batch_s:g} s of speech"] if "speech" in model.encoder.modalities else []
+    streams += [f"{args.batch_tokens} text tokens"] if "text" in model.encoder.modalities else []
+    streams += [f"{args.batch_paired_s:g} s of pairs"] if model.objectives_of_run.align else []
+    return "\n".join([
+        f"size {args.size}: parameters", parameter_table(model), "loss at chance", chance_table(model),
+        f"a step: {', '.join(streams)}, in {args.micro_batches} micro-batches; {args.max_steps} steps, {args.dtype}",
+        plan_table(plans) if plans else "  no data given and --dry-run: the demo is not made, so there is no plan to show",
+    ])  # fmt: skip
+
+
+def find_start(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
+    """(checkpoint to resume, checkpoint to initialise from, its path). A run found in --out-dir wins over both flags."""
+    if (args.out_dir / "ckpt" / "latest").exists():
+        return training.load_checkpoint(args.out_dir), None, training.find_checkpoint(args.out_dir)
+    if args.resume:
+        return training.load_checkpoint(args.resume), None, training.find_checkpoint(args.resume)
+    if args.init:
+        return None, training.load_checkpoint(args.init), training.find_checkpoint(args.init)
+    return None, None, None
+
+
+def find_tokenizer(args: argparse.Namespace, objectives: Objectives, checkpoint: dict[str, Any] | None) -> data.Tokenizer | None:
+    """The checkpoint's tokenizer, or --tokenizer; None when neither is there. Raises ValueError when they differ."""
+    stored = checkpoint.get("tokenizer") if checkpoint else None
+    kept = data.Tokenizer(bytes(stored.tolist())) if stored is not None else None
+    given = data.Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    if kept and given and kept.fingerprint != given.fingerprint:
+        raise ValueError(f"--tokenizer {args.tokenizer}: is not the one that the checkpoint was trained with; leave the flag out")
+    if "text" in objectives.modalities and not (kept or given):
+        raise ValueError("--tokenizer is missing: make one with `python data.py tokenizer --text ... --out tokenizer.model`")
+    return kept or given
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Everything from the command line to curves.png."""
+    objectives = resolve(args, ranks)
+    resumed, initial, path = find_start(args)
+    resolve_micro_batches(args, ranks, resumed)
+    given = [args.speech, args.text, args.paired]
+    if args.dry_run and not any(given):
+        with torch.device("meta"):
+            ranks.log(describe(SlamPretraining(sized(args.size), objectives), {}, args))
+        return
+    if not any(given):
+        demo_paths(args, ranks)
+    tokenizer = find_tokenizer(args, objectives, resumed or initial)
+    config = sized(args.size, vocab_size=tokenizer.vocab_size if tokenizer else sized(args.size).vocab_size)
+    rows = load_rows(args, objectives, tokenizer, dev=False)
+    plans = make_plans(rows, args)
+    if args.dry_run:
+        with torch.device("meta"):
+            ranks.log(describe(SlamPretraining(config, objectives), plans, args))
+        return
+    for name, its in rows.items():
+        for reason, n in getattr(its, "left_out", {}).items():
+            ranks.log(f"{name}: {n} rows left out: {reason}")
+        if getattr(its, "widened", 0):
+            ranks.log(f"{name}: {its.widened} rows have no transcript of another within 10% of their length; wider ones are drawn")
+
+    torch.manual_seed(args.seed)
+    dtype = torch.float64 if args.dtype == "fp64" else torch.float32
+    model = SlamPretraining(config, objectives).to(ranks.device, dtype)
+    if "text" in rows:
+        model.unigram.copy_(unigram_of(rows, config.vocab_size))
+    now = fingerprint(args, config, objectives, rows)
+    start_step, carried = 0, {}
+    if resumed:
+        check_same_run(resumed["run"], now, path)
+        model.load_state_dict(resumed["model"])
+        start_step, carried = resumed["step"], resumed["carried"]
+    elif initial:
+        carried = initialise(model, initial, ranks)
+    elif "speech" in objectives.modalities:
+        mean, std = data.feature_statistics(rows["speech"].manifest, seed=args.seed)
+        model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
+        model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
+    optimizer = training.make_optimizer(model, args.weight_decay)
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        ranks.log(f"resumed {path} at step {start_step}")
+    del resumed, initial
+    training.make_fast(model, args.fast, ranks.device)
+    ranks.log(describe(model, plans, args))
+    dev_rows = load_rows(args, objectives, tokenizer, dev=True)
+    follow(model, rows, plans, dev_rows, args, ranks, start_step, optimizer,
+           extra={"carried": carried, "run": now, "tokenizer": tokenizer})  # fmt: skip
+
+
+def follow(model, rows, plans, dev_rows, args, ranks, start_step, optimizer, extra) -> None:
+    """Train, and log, evaluate and save on the way."""
+    config = model.config
+    log = None
+    if ranks.rank == 0:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        plain = {k: (str(v) if isinstance(v, Path) else v) for k, v in vars(args).items()}
+        about = {"argv": sys.argv, "args": plain, "config": dataclasses.asdict(config), "versions": training.versions()}
+        (args.out_dir / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        log = training.MetricsLog(args.out_dir, start_step)
+    bar = training.progress_bar(args.max_steps, start_step, ranks)
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        if ranks.rank:
+            return
+        log.write(step, metrics)
+        bar(step, progress_line(step, args, metrics, model.objectives))
+        n_codes = config.n_codes if hasattr(model, "quantizer") else None
+        for alarm in training.check_alarms(metrics, step, args.warmup_steps, n_codes):
+            ranks.log(f"ALARM step {step}: {alarm}")
+
+    def on_eval(step: int) -> None:
+        if not dev_rows:
+            return
+        metrics = evaluate(model, dev_rows, args, ranks)
+        if ranks.rank == 0:
+            log.write(step, {f"dev/{k}": v for k, v in metrics.items()})
+            ranks.log(f"held out, step {step}\n{summary_table(metrics, model.objectives)}")
+
+    def on_save(step: int) -> None:
+        if ranks.rank == 0:
+            tokenizer = extra["tokenizer"]
+            stored = torch.tensor(list(tokenizer.model_bytes), dtype=torch.uint8) if tokenizer else None
+            training.save_checkpoint(args.out_dir, step, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": dataclasses.asdict(config),
+                "modalities": list(model.encoder.modalities), "args": {"micro_batches": args.micro_batches},
+                "carried": extra["carried"], "run": extra["run"], "tokenizer": stored,
+            }, args.keep_last)  # fmt: skip
+
+    dataset = data.PretrainData(**{name: (rows[name], plans[name]) for name in rows})
+    own = range(ranks.rank, args.micro_batches, ranks.world_size)
+    order = ((step, k) for step in range(start_step, args.max_steps) for k in own)
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers)
+    finished = training.train(
+        model, iter(loader), args, ranks, start_step, optimizer=optimizer, on_log=on_log, on_save=on_save, on_eval=on_eval
+    )
+    if finished and ranks.rank == 0:
+        ranks.log(f"curves: {draw_curves(args.out_dir, model.objectives)}")
+    if not finished:
+        raise SystemExit(143)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run, and turn a user's mistake into one line."""
+    args = parse_arguments(argv)
+    ranks = training.setup_ranks()
+    try:
+        run(args, ranks)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        training.leave_ranks(ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Targets for the speech objectives: a Gumbel-softmax codebook, and the codebook-free linear of w2v-conformer.
+
+wav2vec 2.0 section 2 and w2v-BERT section 3.1.2 (METHOD 2.2). The quantizer reads *unmasked* convolution features at the
+masked frames and answers twice: with a code vector that the contrastive loss compares contexts with, and with an id that
+masked code prediction has to name.
+
+Public: GumbelQuantizer, Quantized, LinearTarget.
+Letters: M masked frames, C features, G codebooks, V entries in each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """What the quantizer says of M frames."""
+
+    vectors: Tensor  # (M, code_dim) float32: one codebook row a group, concatenated; gradient reaches the logits
+    ids: Tensor  # (M, G) int64: noise-free argmax, the target of masked code prediction; no gradient
+    drawn: Tensor  # (M, G) int64: the entries that `vectors` holds; with noise in training, equal to ids in eval
+    soft_perplexity: Tensor  # () float32 with gradient, 1..V for each group, summed over groups: for the diversity loss
+    hard_counts: Tensor  # (G, V) float32: how often each entry is the noise-free argmax
+
+
+class GumbelQuantizer(nn.Module):
+    """Straight-through Gumbel-softmax over G codebooks of V entries.
+
+    Forward takes exactly one entry a group (one-hot times codebook, never a mixture); backward pretends that the one-hot
+    was the softmax. The temperature falls by a factor at each *optimiser step*: the training loop adds 1 to `step` after each,
+    so accumulation, evaluation and recomputation never count, and the step is a buffer that checkpoints carry.
+    """
+
+    def __init__(
+        self, dim: int, n_codebooks: int, n_codes: int, code_dim: int, temperature: tuple[float, float, float]
+    ) -> None:
+        """Args: dim C; temperature (start, factor per step, floor)."""
+        super().__init__()
+        self.n_codebooks, self.n_codes, self.temperature_schedule = n_codebooks, n_codes, temperature
+        self.norm = nn.LayerNorm(dim)
+        self.logits = nn.Linear(dim, n_codebooks * n_codes)
+        self.codebook = nn.Parameter(torch.rand(n_codebooks, n_codes, code_dim // n_codebooks))
+        nn.init.normal_(self.logits.weight)
+        nn.init.zeros_(self.logits.bias)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def temperature(self) -> Tensor:
+        """() float64: start x factor^step, not below the floor."""
+        start, factor, floor = self.temperature_schedule
+        return (start * factor ** self.step.double()).clamp(min=floor)
+
+    @torch.no_grad()
+    def name(self, features: Tensor) -> Tensor:
+        """The ids of M frames and nothing else, (M, C) -> (M, G) int64: noise-free, no gradient."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.codebook.dtype)
+            return self.logits(self.norm(features)).view(-1, self.n_codebooks, self.n_codes).argmax(-1)
+
+    def forward(self, features: Tensor, weight: Tensor) -> Quantized:
+        """Quantize M frames.
+
+        Args: features (M, C) unmasked convolution features at the masked frames; weight (M,) 1 for a frame, 0 for filler.
+        """
+        M, G, V = features.shape[0], self.n_codebooks, self.n_codes
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.codebook.dtype)  # an fp32 island: bf16 noise would choose the codes
+            logits = self.logits(self.norm(features)).view(M, G, V)
+            ids = logits.argmax(-1)  # (M, G)
+            if self.training:
+                noise = -torch.empty_like(logits).exponential_().clamp_min(torch.finfo(logits.dtype).tiny).log()
+                soft = ((logits + noise) / self.temperature.to(logits.dtype)).softmax(-1)
+                drawn = soft.argmax(-1)
+                one_hot = F.one_hot(drawn, V) + (soft - soft.detach())  # straight-through: the bracket is exactly zero
+            else:
+                drawn, one_hot = ids, F.one_hot(ids, V).to(logits.dtype)
+            vectors = torch.einsum("mgv,gvd->mgd", one_hot, self.codebook).flatten(1)  # (M, code_dim)
+            # Diversity counts every masked frame once, by the plain softmax, without noise or temperature.
+            mean = (logits.softmax(-1) * weight[:, None, None]).sum(0) / weight.sum().clamp(min=1)  # (G, V)
+            hard = (F.one_hot(ids, V).to(logits.dtype) * weight[:, None, None]).sum(0)  # (G, V)
+        return Quantized(vectors, ids, drawn, perplexity(mean).sum(), hard.detach())
+
+
+def perplexity(probabilities: Tensor) -> Tensor:
+    """exp(entropy) over the last dimension: (..., V) -> (...). 1 when one entry has it all, V when all are equal."""
+    tiny = torch.finfo(probabilities.dtype).tiny  # a probability of exactly 0 would have an infinite gradient
+    return torch.exp(-(probabilities * probabilities.clamp_min(tiny).log()).sum(-1))
+
+
+class LinearTarget(nn.Module):
+    """The contrastive target of "w2v-conformer": a linear of the unmasked features, no codebook (METHOD 4)."""
+
+    def __init__(self, dim: int, code_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.project = nn.Linear(dim, code_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(M, C) -> (M, code_dim) float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.project(self.norm(features.to(self.project.weight.dtype)))

@@ -1,0 +1,493 @@
+"""Plumbing that every entry point shares: ranks, randomness, schedule, optimiser, the step loop, checkpoints, logs.
+
+No objective and no data format lives here. A model is anything whose `forward(batch)` returns {name: Loss} and statistics,
+and a batch is anything with `counts()`; DECISIONS 1 to 6 rule the arithmetic.
+
+One optimiser step is A micro-batches (`--micro-batches`), numbered k = 0..A-1 over all ranks. Rank r of W runs k = r, r+W,
+...; a single process runs them all. So W ranks and one process with the same A do the same step.
+
+Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, make_optimizer, loss_scales, train, evaluate_sums, means,
+        save_checkpoint, load_checkpoint, find_checkpoint, MetricsLog, check_alarms, make_fast, StopSignal, add_arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+CODEBOOK_ALARM = 0.05  # of V: a hard perplexity below this share is called a collapse
+DATA_WAIT_ALARM = 0.2  # of the step's time
+CHANCE_ALARM = 0.01  # a loss within this share of its chance level has learned nothing
+
+# ---------------------------------------------------------------------------------------------- ranks and randomness
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among the W that torchrun started; (0, 0, 1) when it was started alone."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    def log(self, message: str) -> None:
+        """Print on rank 0, above the progress bar if there is one."""
+        if self.rank == 0:
+            tqdm.write(message)
+            sys.stdout.flush()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """All-reduce in place: the sum over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """A barrier, when there is anybody to wait for."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def setup_ranks() -> Ranks:
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU), or run alone when RANK is not set."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Ranks(0, 0, 1, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def leave_ranks(ranks: Ranks) -> None:
+    """Leave the process group, if there is one."""
+    if ranks.world_size > 1:
+        dist.destroy_process_group()
+
+
+def seed_micro_batch(seed: int, step: int, k: int) -> None:
+    """Set torch's global seed from (seed, step, k): dropout, Gumbel noise, mask fill and negatives follow from it.
+
+    So no generator state is ever saved, and a micro-batch draws the same numbers on whichever rank it runs.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, k]).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---------------------------------------------------------------------------------------------- optimiser
+
+
+def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
+    """Learning rate of a 0-based step: linear warm-up to `peak`, then peak x sqrt(warmup / step) (Transformer schedule)."""
+    step += 1
+    warmup_steps = max(warmup_steps, 1)
+    return peak * min(step / warmup_steps, math.sqrt(warmup_steps / step))
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS 6)."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip to `max_norm` and step, unless a gradient is not finite.
+
+    The decision is made on the device by the fused optimiser (`found_inf`, as torch.amp.GradScaler uses it): moments and
+    weights stay as they were, and the host never waits. Gradients are already summed over ranks, so all ranks decide alike.
+
+    Returns: (gradient norm before clipping (), 1.0 if the step was skipped else 0.0 ()).
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    skipped = (~torch.isfinite(norm)).to(torch.float32)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([p.grad for p in parameters], torch.nan_to_num(scale))
+    optimizer.found_inf = skipped
+    optimizer.step()
+    return norm, skipped
+
+
+def loss_scales(counts: dict[str, Tensor], weights: dict[str, float], world_size: int) -> dict[str, Tensor]:
+    """What each loss *sum* is multiplied by before backward.
+
+    scale = weight x W / (count over all ranks and micro-batches). Gradients of micro-batches add up and DDP averages over
+    the W ranks, so this is the gradient of the mean over the whole step's positions, however unevenly they fell.
+    """
+    return {name: weights.get(name, 1.0) * world_size / count.clamp(min=1) for name, count in counts.items()}
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop at the next step boundary; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+class Sums:
+    """Running sums of losses and statistics since the last log line, kept on the device."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, losses: dict[str, Any], statistics: dict[str, Tensor]) -> None:
+        """Add one micro-batch: {name: Loss} and {name: tensor that adds up}."""
+        for name, loss in losses.items():
+            for field, value in zip(loss._fields, loss):
+                if value is not None:
+                    self._add(f"{field}/{name}", value)
+        for name, value in statistics.items():
+            self._add(name, value)
+
+    def _add(self, key: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.values[key] = self.values[key] + value if key in self.values else value
+
+    def reduced(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Summed over ranks, on the CPU: one all-reduce for all of them. Every rank must have added the same keys."""
+        if not self.values:
+            return {}
+        keys = sorted(self.values)
+        flat = ranks.sum(torch.cat([self.values[key].reshape(-1) for key in keys])).cpu()
+        parts = flat.split([self.values[key].numel() for key in keys])
+        return {key: part.view(self.values[key].shape) for key, part in zip(keys, parts)}
+
+
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Sums -> what is logged: loss/x, acc/x, chance/x (accuracy of a blind guess), chance_loss/x, count/x, ppl/code...
+
+    A loss whose count is 0 is left out: there is no number to print.
+    """
+    out: dict[str, float] = {}
+    for key in [k for k in sums if k.startswith("count/")]:
+        name, count = key[len("count/") :], float(sums[key])
+        out[key] = count
+        if count == 0:
+            continue
+        for field, label in (("sum", "loss"), ("correct", "acc"), ("chance", "chance"), ("chance_sum", "chance_loss")):
+            if f"{field}/{name}" in sums:
+                out[f"{label}/{name}"] = float(sums[f"{field}/{name}"]) / count
+    if "code_counts" in sums:
+        share = sums["code_counts"] / sums["code_counts"].sum(-1, keepdim=True).clamp(min=1)  # (G, V)
+        perplexity = torch.exp(-torch.xlogy(share, share).sum(-1))  # (G,)
+        out["ppl/code"] = float(perplexity.mean())
+        out["codes_used"] = float((share > 0).double().mean())
+    if "soft_perplexity" in sums:
+        out["ppl/code_soft"] = float(sums["soft_perplexity"] / sums["soft_perplexity_n"])
+    return out
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """bf16 autocast, or nothing for fp32 and fp64."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
+
+
+def train(
+    model: nn.Module, micro_batches: Iterator[Any], args: argparse.Namespace, ranks: Ranks, start_step: int,
+    *, optimizer: torch.optim.Optimizer, on_log: Callable, on_save: Callable, on_eval: Callable | None = None,
+) -> bool:  # fmt: skip
+    """The loop: from `start_step` to args.max_steps, one optimiser step at a time.
+
+    Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `step_done()` after each optimiser step; `objectives`, names.
+             micro_batches  this rank's batches in plan order: A/W of them a step.
+             on_log(step, metrics), on_save(step), on_eval(step): called on every rank, after the step.
+    Returns: True at args.max_steps, False when a signal stopped it (on_save has been called).
+    Raises:  FloatingPointError after args.max_bad_steps steps in a row with non-finite gradients, on all ranks alike.
+    """
+    stop, parameters = StopSignal(), [p for p in model.parameters() if p.requires_grad]
+    replicas = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
+    local = range(ranks.rank, args.micro_batches, ranks.world_size)
+    sums, window_start, window_steps, data_wait = Sums(), time.perf_counter(), 0, 0.0
+    bad_steps = skipped_total = torch.zeros((), device=ranks.device)
+    model.train()
+    for step in range(start_step, args.max_steps):
+        began = time.perf_counter()
+        batches = [next(micro_batches).to(ranks.device) for _ in local]
+        data_wait += time.perf_counter() - began
+
+        # One small all-reduce: the step's loss counts and whether anybody was told to stop.
+        own = [sum(batch.counts()[name] for batch in batches) for name in model.objectives]
+        total = ranks.sum(torch.tensor([*own, float(bool(stop.received))], dtype=torch.float64)).tolist()
+        if total[-1]:
+            on_save(step)
+            ranks.log(f"stopped by a signal: {step} steps are saved, the same command goes on from there")
+            return False
+        counts = {n: torch.tensor(c, device=ranks.device) for n, c in zip(model.objectives, total)}
+        scales = loss_scales(counts, args.loss_weights, ranks.world_size)
+
+        lr = inverse_sqrt(step, args.lr, args.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for k, batch in zip(local, batches):
+            seed_micro_batch(args.seed, step, k)
+            last = k == local[-1]
+            with contextlib.nullcontext() if last or ranks.world_size == 1 else replicas.no_sync():
+                with autocast(ranks.device, args.dtype):
+                    losses, statistics = replicas(batch)
+                objective = sum(loss.sum * scales[name].to(loss.sum.dtype) for name, loss in losses.items())
+                objective.backward()
+            sums.add(losses, statistics)
+        grad_norm, skipped = optimizer_step(optimizer, parameters, args.grad_clip)
+        optimizer.zero_grad(set_to_none=True)
+        model.step_done()
+        bad_steps, skipped_total = (bad_steps + 1) * skipped, skipped_total + skipped
+        window_steps += 1
+
+        done = step + 1
+        if done % args.log_every == 0 or done == args.max_steps:
+            metrics = means(sums.reduced(ranks))
+            elapsed = time.perf_counter() - window_start
+            metrics["loss"] = sum(args.loss_weights.get(n, 1.0) * metrics.get(f"loss/{n}", 0.0) for n in model.objectives)
+            metrics |= {"lr": lr, "grad_norm": float(grad_norm), "skipped_steps": float(skipped_total)}
+            metrics |= {"step_ms": 1e3 * elapsed / window_steps, "data_wait_ms": 1e3 * data_wait / window_steps}
+            on_log(done, metrics)
+            if float(bad_steps) >= args.max_bad_steps:
+                raise FloatingPointError(
+                    f"gradients were not finite for {int(bad_steps)} steps in a row up to step {done}: "
+                    "lower --lr, or try --dtype fp32; the last checkpoint is from before"
+                )
+            sums, window_steps, data_wait = Sums(), 0, 0.0
+        due = done == args.max_steps or (args.eval_every and done % args.eval_every == 0)
+        if on_eval is not None and due:
+            on_eval(done)
+            model.train()
+        if done % args.save_every == 0 or done == args.max_steps:
+            on_save(done)
+        if window_steps == 0:
+            window_start = time.perf_counter()  # evaluation and saving are not part of step_ms
+    return True
+
+
+@torch.no_grad()
+def evaluate_sums(model: nn.Module, batches: Iterable[Any], args: argparse.Namespace, ranks: Ranks) -> dict[str, Tensor]:
+    """Sums of every loss over held-out batches, in eval mode; batch i is run by rank i mod W, so nothing counts twice."""
+    model.eval()
+    sums = Sums()
+    for i, batch in enumerate(batches):
+        if i % ranks.world_size == ranks.rank:
+            seed_micro_batch(args.seed, 0, i)
+            with autocast(ranks.device, args.dtype):
+                sums.add(*model(batch.to(ranks.device)))
+    return sums.reduced(ranks)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A .pt file as it is, or a run's folder -> the file that its ckpt/latest names. Raises FileNotFoundError."""
+    if path.is_file():
+        return path
+    latest = path / "ckpt" / "latest"
+    if not latest.exists():
+        raise FileNotFoundError(f"{path}: neither a checkpoint file nor a run's folder with ckpt/latest")
+    return latest.parent / latest.read_text().strip()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Tensors and plain containers on the CPU; nothing in the file is ever run. Raises ValueError, FileNotFoundError."""
+    path = find_checkpoint(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many kinds; each means that this is no checkpoint of ours
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?") from error
+
+
+def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
+    """Write a temporary sibling, flush it to the disk, rename: a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_last: int) -> Path:
+    """Write ckpt/step_0001000.pt, then point ckpt/latest at it, then delete all but the newest `keep_last`."""
+    path = out_dir / "ckpt" / f"step_{step:07d}.pt"
+    write_atomically(path, lambda file: torch.save(contents | {"step": step, "versions": versions()}, file))
+    write_atomically(path.parent / "latest", lambda file: file.write(path.name.encode()))
+    for old in sorted(path.parent.glob("step_*.pt"))[:-keep_last]:
+        if old != path:
+            old.unlink()
+    return path
+
+
+def versions() -> dict[str, str]:
+    """What a run should remember about the software it ran on."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "git": git.stdout.strip() or "unknown",
+    }
+
+
+# ---------------------------------------------------------------------------------------------- logs and alarms
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a line, appended; on resume, lines after the resumed step are dropped first."""
+
+    def __init__(self, out_dir: Path, resumed_step: int) -> None:
+        self.path = out_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+        write_atomically(self.path, lambda file: file.writelines((json.dumps(r) + "\n").encode() for r in kept))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Numbers that are not finite become null, so that every line is JSON."""
+        row = {"step": step} | {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl; a last line that was cut short by a crash is ignored."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def progress_bar(max_steps: int, start_step: int, ranks: Ranks) -> Callable[[int, str], None]:
+    """How a log line is shown: above a bar on a terminal, as a plain line otherwise."""
+    if not sys.stderr.isatty():
+        return lambda step, line: ranks.log(line)
+    bar = tqdm(total=max_steps, initial=start_step, unit="step", disable=ranks.rank != 0, dynamic_ncols=True)
+
+    def show(step: int, line: str) -> None:
+        bar.update(step - bar.n)
+        ranks.log(line)
+        if step == max_steps:
+            bar.close()
+
+    return show
+
+
+def check_alarms(metrics: dict[str, float], step: int, warmup_steps: int, n_codes: int | None) -> list[str]:
+    """Sentences about a run that is going wrong, for the log; an empty list for a healthy one."""
+    alarms = []
+    for name, value in metrics.items():
+        if name.startswith("loss") and not math.isfinite(value):
+            alarms.append(f"{name} is not finite")
+    if metrics.get("skipped_steps", 0) > 0:
+        alarms.append(f"{int(metrics['skipped_steps'])} steps skipped so far: their gradients were not finite")
+    if step > warmup_steps:
+        for name in [k[len("chance_loss/") :] for k in metrics if k.startswith("chance_loss/")]:
+            loss, chance = metrics[f"loss/{name}"], metrics[f"chance_loss/{name}"]
+            if chance > 0 and loss > (1 - CHANCE_ALARM) * chance:
+                alarms.append(f"loss/{name} {loss:.3f} is at its chance level {chance:.3f} after warm-up")
+    if n_codes and metrics.get("ppl/code", n_codes) < CODEBOOK_ALARM * n_codes:
+        alarms.append(f"codebook collapse: perplexity {metrics['ppl/code']:.1f} of {n_codes} codes")
+    if metrics.get("data_wait_ms", 0) > DATA_WAIT_ALARM * metrics.get("step_ms", math.inf):
+        alarms.append(f"{metrics['data_wait_ms']:.0f} of {metrics['step_ms']:.0f} ms a step wait for data: raise --num-workers")
+    return alarms
+
+
+# ---------------------------------------------------------------------------------------------- fast path and arguments
+
+
+def make_fast(model: nn.Module, mode: str, device: torch.device) -> None:
+    """The one switch for speed: none, torch.compile, or torch.compile with CUDA graphs. Eager stays the truth.
+
+    Batches have at most 8 joint shapes (data.py), so static shapes are compiled. Compiled in place: parameter names stay.
+    Raises: ValueError when the machine cannot do it.
+    """
+    if mode == "none":
+        return
+    if mode == "graph" and device.type != "cuda":
+        raise ValueError("--fast graph captures CUDA graphs and this machine has no CUDA device: use --fast none or compile")
+    if mode == "compile" and device.type == "cpu" and not _has_cpp_compiler():
+        raise ValueError("--fast compile needs a C++ compiler on CPU (g++, clang++ or $CXX) and found none: use --fast none")
+    model.compile(dynamic=False, mode="reduce-overhead" if mode == "graph" else "default")
+
+
+def _has_cpp_compiler() -> bool:
+    import shutil
+
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+
+
+def parse_weights(text: str, known: Iterable[str]) -> dict[str, float]:
+    """`name=w,name=w` -> {name: w}. Raises ValueError for a name that no loss of the run has."""
+    weights, known = {}, list(known)
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--loss-weights {part}: expected name=number") from None
+        if name not in known:
+            raise ValueError(f"--loss-weights {name}: this run has no such loss; it has {', '.join(known)}")
+    return weights
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """`auto` -> bf16 on CUDA, fp32 elsewhere."""
+    return dtype if dtype != "auto" else ("bf16" if device.type == "cuda" else "fp32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every training entry point has."""
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--max-steps", type=int, help="optimiser steps in all (default: the size's)")
+    g.add_argument("--lr", type=float, help="peak learning rate (default: the size's)")
+    g.add_argument("--warmup-steps", type=int, help="steps of linear warm-up to the peak (default: the size's)")
+    g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW decay of matrices (default: %(default)s)")
+    g.add_argument("--grad-clip", type=float, help="largest gradient norm (default: the size's)")
+    g.add_argument("--loss-weights", default="", metavar="NAME=W,...", help="weights other than the method's")
+    g.add_argument("--micro-batches", type=int, help="micro-batches a step over all ranks (default: number of ranks)")
+    g.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    g = parser.add_argument_group("runtime")
+    g.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp64"), default="auto", help="auto: bf16 on CUDA, else fp32")
+    g.add_argument("--fast", choices=("none", "compile", "graph"), default="none", help="fast path (default: %(default)s)")
+    g.add_argument("--num-workers", type=int, default=0, help="loader processes a rank (default: %(default)s)")
+    g.add_argument("--max-bad-steps", type=int, default=20, help="non-finite steps in a row that end the run (%(default)s)")
+    g = parser.add_argument_group("output")
+    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
+    g.add_argument("--log-every", type=int, default=20, help="steps between log lines (default: %(default)s)")
+    g.add_argument("--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only at the end)")
+    g.add_argument("--keep-last", type=int, default=2, help="checkpoints kept on disk (default: %(default)s)")
+    g.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights: a .pt file or a run's folder")
+    g.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on from here; a run found in --out-dir goes on anyway")
+    g.add_argument("--dry-run", action="store_true", help="print parameters, chance levels and batch plan, then exit")
