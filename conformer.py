@@ -428,9 +428,15 @@ class SlamEncoder(nn.Module):
             if not latest.exists():
                 raise FileNotFoundError(f"{path}: no ckpt/latest in this folder; give a run's folder or a .pt file")
             path = latest.parent / latest.read_text().strip()
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"model", "config", "modalities"} <= set(checkpoint):
-            raise ValueError(f"{path}: has {sorted(checkpoint)}, not the model, config and modalities of a checkpoint")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such checkpoint") from None
+        except Exception as error:  # torch raises many kinds; each means that this is no checkpoint of ours
+            raise ValueError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?") from error
+        if not isinstance(checkpoint, dict) or not {"model", "config", "modalities"} <= checkpoint.keys():
+            has = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+            raise ValueError(f"{path}: has {has}, not the model, config and modalities of a checkpoint")
         encoder = cls(SlamConfig(**checkpoint["config"]), checkpoint["modalities"])
         prefix = "encoder."
         weights = {k[len(prefix) :]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}

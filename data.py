@@ -1,20 +1,23 @@
 """Manifests, audio, tokens, masks and batches: everything between the files and the model.
 
-SLAM reads three streams: speech alone, text alone, and pairs of speech and transcript. Each has its rows
-(SpeechRows, TextRows, PairRows), each has an endless plan of batches (BatchPlan), and PretrainData joins them:
-item (s, k) is micro-batch k of optimiser step s. Masks are drawn here, in the workers, so that the number of
-masked positions is known before the forward pass and every shape is one of a few.
+SLAM reads three streams: speech alone, text alone, and pairs of speech and transcript. Each has its
+rows (SpeechRows, TextRows, PairRows), each has an endless plan of batches (BatchPlan), and
+PretrainData joins them: item (s, k) is micro-batch k of optimiser step s. Masks are drawn here, in
+the workers, so the number of masked positions is known before the forward pass, and every shape is
+one of a few.
 
-Nothing here keeps state or touches a global random generator: what row 7 looks like in epoch 3 depends on
-(seed, 3, 7) alone, never on the number of workers, of ranks, or on what was read before. So a run resumes with
-one integer, the step.
+Nothing here keeps state or touches a global random generator: what row 7 is like in epoch 3 depends
+on (seed, 3, 7) alone, never on the number of workers or ranks, nor on what was read before. So a
+run resumes with one integer, the step.
 
-Public:  Manifest, read_audio, Tokenizer, TextCorpus, TextRows, mask_budget, span_mask, mask_text, row_rng,
-         joint_bucket, BatchPlan, SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, PairRows, PretrainData,
-         dev_batches, feature_statistics, librispeech_manifest, directory_manifest, Report.
+Public:  Manifest, read_audio, Tokenizer, TextCorpus, TextRows, mask_budget, span_mask, mask_text,
+         row_rng, joint_bucket, BatchPlan, SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows,
+         PairRows, PretrainData, dev_batches, feature_statistics, librispeech_manifest,
+         directory_manifest, check_manifest, Report. Commands: tokenizer, manifest, check.
 Letters: B rows, N wave samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens,
-         M masked positions of a batch, V vocabulary.
-Paper:   SLAM (Bapna et al. 2021) 3; w2v-BERT (Chung et al. 2021) 3 for the speech masks; SpanBERT for the text's.
+         M masked positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
+Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT
+         (Joshi et al. 2020) for those of text.
 """
 
 from __future__ import annotations
@@ -29,13 +32,13 @@ import re
 import sys
 from array import array
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -60,63 +63,55 @@ from conformer import (
 )
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
-MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
-NO_CHARACTER = re.compile(
-    "[\0\ud800-\udfff]"
-)  # what JSON can spell but no file name or tokenizer takes
 MAX_S = 1e8  # three years: a duration or offset beyond is a mistake
+NO_CHARACTER = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, files and tokenizers cannot
+SEEK_LEAD = 9216  # samples decoded ahead of the wanted ones: an MP3 frame needs the ones before it
+MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
 
-SPEECH_MASK, SPEECH_SPAN = (
-    0.49,
-    10,
-)  # w2v-BERT 4.2: starts with p = 0.065, 10 steps: 1 - (1 - p)^10 = 49% covered
-TEXT_MASK, TEXT_SPAN = 0.15, 5  # SLAM 3.2.1
-TLM_SPEECH_MASK, TLM_TEXT_MASK = (
-    0.75,
-    0.50,
-)  # SLAM 3.2.2. UNSPECIFIED IN PAPER: spans, taken as above
-REPLACE_BY_MASK, REPLACE_BY_RANDOM = (
-    0.8,
-    0.1,
-)  # the rest is kept. UNSPECIFIED IN PAPER: BERT's and SpanBERT's rule
+# w2v-BERT: a span of 10 frames starts anywhere with p = 0.065, which covers 1 - (1 - p)^10 = 49%.
+SPEECH_MASK, SPEECH_SPAN = 0.49, 10
+# SLAM, span-masked language model.
+TEXT_MASK, TEXT_SPAN = 0.15, 5
+# SLAM, TLM: both halves of a pair are masked more. UNSPECIFIED IN PAPER: spans; as above.
+TLM_SPEECH_MASK, TLM_TEXT_MASK = 0.75, 0.50
+# UNSPECIFIED IN PAPER: what replaces a masked token. BERT's rule: [MASK], random, and 10% are kept.
+REPLACE_BY_MASK, REPLACE_BY_RANDOM = 0.8, 0.1
 
-# What a random draw is for: the last number of its seed, so that no two purposes share numbers. None may be 0
-# (numpy pads a short seed with zeros, so [a, b, c] and [a, b, c, 0] are the same seed).
+# What a random draw is for: the last number of its seed, so that no two purposes share numbers.
+# None is 0, since numpy pads a short seed with zeros: [a, b, c] and [a, b, c, 0] are the same seed.
 SPEECH_CROP, SPEECH_MASKING, TEXT_MASKING, PAIR_SPEECH_MASKING, PAIR_TEXT_MASKING = 1, 2, 3, 4, 5
 STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9, 10
 
-N_JOINT = 8  # joint (speech bucket, text bucket, pair bucket) combinations: as many shapes to compile or capture
-MIN_CHOICES = 32  # STM negatives come from the narrowest window of lengths with that many different transcripts
+N_JOINT = 8  # combinations of (speech, text, pair) buckets: so many shapes to compile or capture
+MIN_CHOICES = (
+    32  # different transcripts to draw an STM negative from, if 10% of the length has them
+)
 
 
-# ---------------------------------------------------------------------------------------------- manifests
+# ---------------------------------------------------------------------------------------- manifests
 
 
 def row_fault(row: object, text_required: bool) -> tuple[str, str] | None:
     """What is wrong with one manifest row: (reason, what was found), or None when it may be used.
 
-    Paths must be local files: a manifest is data, and data never runs a command or opens a connection.
+    Paths must be local: a manifest is data, and data never runs a command or opens a connection.
     """
+    if isinstance(row, Exception):
+        return "not a JSON line", str(row)
     if not isinstance(row, dict):
         return "not a JSON object", repr(row)[:80]
-    needed = (
-        ("audio_filepath", "duration", "text") if text_required else ("audio_filepath", "duration")
-    )
-    for key in needed:
-        if key not in row:
+    for key in ("audio_filepath", "duration", "text"):
+        if key not in row and (key != "text" or text_required):
             return f'no "{key}"', f"keys are {sorted(row)}"
     path, text = row["audio_filepath"], row.get("text", "")
     if not isinstance(path, str) or not path.strip():
         return "audio_filepath is not a path", repr(path)
     if path.strip().startswith("|") or path.strip().endswith("|"):
-        command = path.strip().strip("|").strip()
-        return (
-            "audio_filepath is a pipe, and pipes are never run",
-            f"convert it first: {command} > clip.wav",
-        )
+        advice = f"convert it first: {path.strip().strip('|').strip()} > clip.wav"
+        return "audio_filepath is a pipe, and pipes are never run", advice
     if "://" in path:
         return "audio_filepath is a URL, download it first", path
-    if ".." in Path(path).parts:
+    if ".." in path.split("/"):
         return "audio_filepath leaves its folder by '..', give an absolute path", path
     duration, offset = row["duration"], row.get("offset", 0.0)
     if type(duration) not in (int, float) or not 0 < duration < MAX_S:
@@ -131,7 +126,7 @@ def row_fault(row: object, text_required: bool) -> tuple[str, str] | None:
 
 
 def _parse_rows(buffer: bytes) -> Iterator[tuple[int, int, int, object]]:
-    """(line number, start, stop, parsed JSON or the error met) for each non-blank line of a manifest's bytes."""
+    """(line number, first byte, end, parsed JSON or the error met) of each non-blank line."""
     start = 0
     for number, line in enumerate(io.BytesIO(buffer), 1):
         stop = start + len(line)
@@ -152,10 +147,11 @@ def _read_bytes(path: Path, what: str) -> bytes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Utterances from JSON-lines manifests (NeMo's keys), kept as bytes and arrays so that forked workers share them.
+    """Utterances of JSON-lines manifests, as bytes and arrays, which forked workers share.
 
-    A row on disk: {"audio_filepath": "a/b.flac", "duration": 3.2, "offset": 0.0, "text": "hello", ...}, seconds, the
-    path absolute or relative to the manifest's folder, offset and text optional, further keys kept.
+    A row on disk has NeMo's keys: {"audio_filepath": "a/b.flac", "duration": 3.2, "offset": 0.0,
+    "text": "hello", ...}; seconds; the path absolute or relative to the manifest's folder; offset
+    and text may be missing; further keys are kept.
     """
 
     files: tuple[tuple[Path, bytes], ...]
@@ -169,32 +165,21 @@ class Manifest:
     def read(cls, paths: Iterable[Path | str], *, text_required: bool = False) -> Manifest:
         """Read and check manifests; several are concatenated.
 
-        Raises: FileNotFoundError for a missing manifest; ValueError naming file and line for the first bad row, or
-                for a manifest without rows.
+        Raises: FileNotFoundError for a missing manifest; ValueError naming file and line of the
+                first bad row, or for a manifest without rows.
         """
         files, columns = [], (array("i"), array("q"), array("q"), array("d"), array("b"))
         for path in map(Path, paths):
             buffer, n_rows = _read_bytes(path, "manifest"), len(columns[0])
             for number, start, stop, row in _parse_rows(buffer):
-                if isinstance(row, Exception):
-                    raise ValueError(
-                        f"{path}:{number}: not a JSON line ({row}); expected one object per line"
-                    )
                 if fault := row_fault(row, text_required):
                     raise ValueError(f"{path}:{number}: {fault[0]} ({fault[1]})")
-                entry = (
-                    len(files),
-                    start,
-                    stop,
-                    row["duration"],
-                    bool(row.get("text", "").strip()),
-                )
+                has_text = bool(row.get("text", "").strip())
+                entry = (len(files), start, stop, row["duration"], has_text)
                 for column, value in zip(columns, entry):
                     column.append(value)
             if len(columns[0]) == n_rows:
-                raise ValueError(
-                    f"manifest {path}: no rows; expected one JSON object per line (data.py manifest)"
-                )
+                raise ValueError(f"manifest {path}: no rows; make one with data.py manifest")
             files.append((path, buffer))
         kinds = (np.int32, np.int64, np.int64, np.float64, bool)
         return cls(tuple(files), *(np.array(column, kind) for column, kind in zip(columns, kinds)))
@@ -220,20 +205,17 @@ class Manifest:
 
     def filtered(self, keep: np.ndarray) -> Manifest:
         """The rows where keep (n,) bool is True, in order; the bytes are shared."""
-        columns = {
-            name: getattr(self, name)[keep]
-            for name in ("file", "start", "stop", "durations", "has_text")
-        }
-        return replace(self, **columns)
+        names = ("file", "start", "stop", "durations", "has_text")
+        return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
 
 def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
-    """Part of an audio file as mono at 16 kHz: channels are averaged, other rates resampled (soxr HQ).
+    """Part of an audio file as mono at 16 kHz: channels averaged, other rates resampled (soxr HQ).
 
-    Args:    offset, duration  seconds; None reads to the end. Fewer samples than asked where the file ends before.
+    Args:    offset, duration  seconds; None reads to the end, and no file is read beyond its end.
     Returns: (N,) float32 in [-1, 1].
-    Raises:  FileNotFoundError; ValueError naming the file where it cannot be decoded, holds nothing from offset on,
-             or holds NaN.
+    Raises:  FileNotFoundError; ValueError naming the file where it cannot be decoded, has nothing
+             from offset on, or holds NaN.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such audio file")
@@ -241,35 +223,42 @@ def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = N
         with soundfile.SoundFile(path) as audio:
             rate, start = audio.samplerate, round(offset * audio.samplerate)
             wanted = -1 if duration is None else max(1, round(duration * rate))
-            if 0 < start < audio.frames:
-                audio.seek(start)
-            samples = audio.read(
-                wanted if start < audio.frames else 0, dtype="float32", always_2d=True
-            )
+            lead = min(start, SEEK_LEAD)
+            audio.seek(min(start - lead, audio.frames))
+            samples = audio.read(wanted if wanted < 0 else lead + wanted, "float32", always_2d=True)
     except (RuntimeError, OSError, TypeError) as error:
         raise ValueError(f"{path}: cannot decode audio ({str(error).splitlines()[0]})") from error
+    samples = samples[lead:, 0] if samples.shape[1] == 1 else samples[lead:].mean(axis=1)  # (N,)
     if not len(samples):
         raise ValueError(f"{path}: no audio from {offset:g} s on")
-    samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)  # (N,)
     if not np.isfinite(samples).all():
         raise ValueError(f"{path}: holds NaN or infinite samples")
-    return (
-        samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
-    )
+    if rate != SAMPLE_RATE:
+        samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
+    return samples
 
 
-# ---------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 class Tokenizer:
-    """SentencePiece with this project's special ids. The case rule is part of the model, not a setting beside it.
+    """SentencePiece with fixed special ids. The case rule is part of the model's bytes.
 
-    [CLS], [SEP] and [MASK] are control symbols: no text, not even one that spells "[MASK]", is ever encoded to them.
+    [CLS], [SEP] and [MASK] are control symbols, so no text, not even one that spells "[MASK]", is
+    encoded to them. Raises ValueError for bytes that are no such model.
     """
 
     def __init__(self, model_bytes: bytes) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+            ids = [self._processor.piece_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")]
+        except RuntimeError as error:
+            raise ValueError("not a SentencePiece model") from error
+        if ids != [CLS_ID, SEP_ID, MASK_ID]:
+            raise ValueError(
+                f"ids of [CLS], [SEP], [MASK] are {ids}; train one by data.py tokenizer"
+            )
         self.model_bytes = model_bytes
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         self.vocab_size: int = self._processor.get_piece_size()
         self.text_case = "lower" if self._processor.normalize("A").endswith("a") else "keep"
         self.fingerprint = hashlib.sha256(model_bytes).hexdigest()[:16]
@@ -282,8 +271,9 @@ class Tokenizer:
         text_case: str = "lower",
         model_type: str = "unigram",
     ) -> Tokenizer:
-        """Train on lines of text; the same lines give the same bytes. A small corpus may give fewer pieces.
+        """Train on lines of text; the same lines give the same bytes.
 
+        UNSPECIFIED IN PAPER: model type and letter case. A small corpus may give fewer pieces.
         Raises: ValueError where there is no text, or too little vocabulary for its characters.
         """
         assert text_case in ("lower", "keep"), text_case
@@ -300,40 +290,29 @@ class Tokenizer:
                 unk_id=UNK_ID,
                 bos_id=-1,
                 eos_id=-1,
-                control_symbols=["[CLS]", "[SEP]", "[MASK]"],  # ids 2, 3, 4: the first free ones
+                control_symbols=["[CLS]", "[SEP]", "[MASK]"],  # take ids 2, 3, 4
                 max_sentence_length=16384,  # bytes; longer lines are skipped
                 num_threads=1,  # sums in one order: reproducible to the byte
                 minloglevel=2,
             )
         except RuntimeError as error:
             reason = str(error).split("] ")[-1].strip() or "is there any text?"
-            raise ValueError(
-                f"cannot train a tokenizer of --vocab-size {vocab_size}: {reason}"
-            ) from error
-        tokenizer = cls(sink.getvalue())
-        ids = [tokenizer._processor.piece_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")]
-        assert ids == [CLS_ID, SEP_ID, MASK_ID], ids
-        return tokenizer
+            raise ValueError(f"no tokenizer of --vocab-size {vocab_size}: {reason}") from error
+        return cls(sink.getvalue())
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
         model_bytes = _read_bytes(Path(path), "tokenizer")
         try:
-            tokenizer = cls(model_bytes)
-            ids = [tokenizer._processor.piece_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")]
-        except RuntimeError as error:
-            raise ValueError(f"tokenizer {path}: not a SentencePiece model") from error
-        if ids != [CLS_ID, SEP_ID, MASK_ID]:
-            raise ValueError(
-                f"tokenizer {path}: [CLS], [SEP], [MASK] have ids {ids}; expected 2, 3, 4 (data.py tokenizer)"
-            )
-        return tokenizer
+            return cls(model_bytes)
+        except ValueError as error:
+            raise ValueError(f"tokenizer {path}: {error}") from error
 
     def save(self, path: Path | str) -> None:
         _write_atomically(Path(path), lambda sink: sink.write(self.model_bytes))
 
     def encode(self, text: str | list[str]) -> list:
-        """Ids of a text, or a list of ids for each of a list of texts. No special ids except the unknown's."""
+        """Ids of a text, or of each text of a list. Of the special ids only the unknown's."""
         return self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -341,9 +320,9 @@ class Tokenizer:
 
 
 def _write_atomically(path: Path, write: Callable) -> None:
-    """Write a binary file so that its name either holds the whole of it or what it held before."""
+    """Write a binary file so that its name holds either the whole of it or what it held before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("wb") as sink:
             write(sink)
@@ -364,14 +343,11 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def _tokenise(source: Path, tokenizer: Tokenizer, tokens_path: Path, dtype: type) -> None:
-    """Write the token stream (each line's ids, then [SEP]) and beside it an index of line and document ends."""
-    line_ends, document_ends, counts = (
-        array("q"),
-        array("q"),
-        np.zeros(tokenizer.vocab_size, np.int64),
-    )
+    """Write the token stream (each line's ids, then [SEP]) and where lines and documents end."""
 
     def write_tokens(sink: io.BufferedWriter) -> None:
+        line_ends, document_ends = array("q"), array("q")  # in tokens; in lines
+        counts = np.zeros(tokenizer.vocab_size, np.int64)
         lines, total = read_lines(source), 0
         while texts := list(islice(lines, 10_000)):
             stream: list[int] = []
@@ -380,31 +356,27 @@ def _tokenise(source: Path, tokenizer: Tokenizer, tokens_path: Path, dtype: type
                     stream += ids
                     stream.append(SEP_ID)
                     line_ends.append(total + len(stream))
-                elif not text and len(line_ends) > (document_ends[-1] if document_ends else 0):
+                elif not text and line_ends:
                     document_ends.append(len(line_ends))
             total += len(stream)
-            counts[:] += np.bincount(stream, minlength=len(counts))
+            counts += np.bincount(np.array(stream, np.int64), minlength=len(counts))
             np.array(stream, dtype).tofile(sink)
         if not total:
-            raise ValueError(
-                f"text {source}: no text; expected one sentence per line, a blank line between documents"
-            )
+            raise ValueError(f"text {source}: no text; expected sentences, one a line")
         document_ends.append(len(line_ends))
         index = {
-            "line_ends": np.array(line_ends),
+            "line_ends": line_ends,
             "document_ends": np.unique(document_ends),
             "counts": counts,
         }
         _write_atomically(tokens_path.with_suffix(".npz"), lambda sink: np.savez(sink, **index))
 
-    _write_atomically(
-        tokens_path, write_tokens
-    )  # the index is there before the tokens get their name
+    _write_atomically(tokens_path, write_tokens)  # gets its name last, when the index is there
 
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """Tokenised text on disk. A blank line ends a document; every line is followed by [SEP]."""
+    """Tokenised text on disk: plain lines, in which a blank one ends a document."""
 
     paths: tuple[Path, ...]  # token files, each with an .npz index beside it
     dtype: type
@@ -414,10 +386,12 @@ class TextCorpus:
     def open(
         cls, paths: Iterable[Path | str], tokenizer: Tokenizer, cache_dir: Path | str | None = None
     ) -> TextCorpus:
-        """Tokenise text files once, streaming, into a cache that is mapped into memory; several are concatenated.
+        """Tokenise text files to disk, once; later calls find that. Several are concatenated.
 
-        The cache lies beside each source (or in cache_dir), named by tokenizer and by the source's size and time.
-        Raises: FileNotFoundError; ValueError for no text, not UTF-8, or a folder that cannot be written.
+        The tokens lie beside each source, or in cache_dir, under a name that changes with the
+        tokenizer and with the source's size and time.
+        Raises: FileNotFoundError; ValueError for no text, for text that is not UTF-8, or where the
+                tokens cannot be written.
         """
         dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
         cached = []
@@ -432,9 +406,7 @@ class TextCorpus:
                 try:
                     _tokenise(source, tokenizer, path, dtype)
                 except OSError as error:
-                    raise ValueError(
-                        f"{folder}: cannot write the token cache ({error}); name another folder"
-                    ) from error
+                    raise ValueError(f"{folder}: cannot write the token cache ({error})") from error
             cached.append(path)
         return cls(tuple(cached), dtype, tokenizer.vocab_size)
 
@@ -444,25 +416,25 @@ class TextCorpus:
         return sum(np.load(path.with_suffix(".npz"))["counts"] for path in self.paths)
 
     def pack(self, row_tokens: int, seed: int = 0) -> TextRows:
-        """Rows of at most row_tokens: [CLS] line [SEP] line [SEP] ..., consecutive lines of one document."""
+        """Rows of at most row_tokens: [CLS] line [SEP] line [SEP] ..., all of one document."""
         if row_tokens < 3:
             raise ValueError(f"text rows of {row_tokens} tokens: [CLS], one token and [SEP] need 3")
         packed = []
         for number, path in enumerate(self.paths):
             index = np.load(path.with_suffix(".npz"))
-            start, stop, lengths = _pack_lines(
-                index["line_ends"], index["document_ends"], row_tokens
-            )
-            packed.append((np.full(len(start), number, np.int32), start, stop, lengths))
+            rows = _pack_lines(index["line_ends"], index["document_ends"], row_tokens)
+            packed.append((np.full(len(rows[0]), number, np.int32), *rows))
         return TextRows(self, seed, *(np.concatenate(column) for column in zip(*packed)))
 
 
 def _pack_lines(
     line_ends: np.ndarray, document_ends: np.ndarray, row_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Greedy packing as ranges (start, stop) of the token stream, and row lengths; no Python loop over lines.
+    """Pack lines greedily: (start, stop) in the token stream and length of each row.
 
-    A line that is too long is cut: all pieces but its last fill a row each, so no row gets a [SEP] inside a line.
+    A line that is too long is cut. All pieces but its last fill a row each, so no row has a [SEP]
+    inside a line. Where the row after one that begins at piece i begins is looked up for all i at
+    once; Python then only hops from row to row, which matters with forty million lines.
     """
     content = row_tokens - 2
     starts = np.concatenate([[0], line_ends[:-1]])
@@ -486,49 +458,45 @@ def _pack_lines(
     return start[chosen], stop[last], 1 + cost[last + 1] - cost[chosen]
 
 
-# --------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def mask_budget(length: int, share: float) -> int:
-    """How many of `length` positions are masked: share of them, at least 1, at most all but one; 0 below 2."""
+    """How many of `length` positions are masked: at least 1, at most all but 1; 0 of 0 or 1."""
     return 0 if length < 2 else min(max(1, round(share * length)), length - 1)
 
 
 def _draw_spans(rng: np.random.Generator, length: int, share: float, span: int) -> np.ndarray:
     """Which span masks which position: (length,) int64, the number of the span, -1 where none does.
 
-    Exactly mask_budget(length, share) positions are masked. Spans are thrown on one after the other, anywhere, until
-    the budget is met; the one that meets it is cut there. They may overlap, so what n spans cover cannot be told
-    from n: drawing budget / span of them would leave a row of 75% at 54%. The row is treated as a ring (a span
-    that runs past the end goes on at the start), which makes every position equally likely to be masked; laid out
-    straight, the first positions would be masked up to ten times less often than the others.
-    DEVIATION: w2v-BERT starts spans by independent coin tosses (p = 0.065), so its count varies around the 49%.
+    Exactly mask_budget(length, share) positions are masked. Spans are thrown on one after the
+    other, anywhere, until that is met; the one that meets it is cut short. They may overlap, so the
+    number of spans does not give what they cover: budget / span of them would leave a row at 54%
+    where 75% are asked for. The row is a ring: a span that runs past the end goes on at the start.
+    That makes every position equally likely to be masked; laid out straight, and kept inside the
+    row, spans would hit its first position ten times less often than one in the middle.
+    DEVIATION: w2v-BERT starts spans by coin tosses (p = 0.065), so its count varies around the 49%.
     """
     owner = np.full(length, -1, np.int64)
     budget = mask_budget(length, share)
     if not budget:
         return owner
     span = min(span, budget)
-    order = np.empty(0, np.int64)
-    starts = np.empty(0, np.int64)
-    while (
-        len(order) < budget
-    ):  # about ln(1 / visible share) * length / span throws; one round is mostly enough
+    starts = reached = np.empty(0, np.int64)
+    while len(reached) < budget:  # mostly once: it takes about ln(length / visible) * length / span
         more = 2 + int(1.5 * math.log(length / (length - budget)) * length / span)
         starts = np.concatenate([starts, rng.integers(length, size=more)])
-        covered = ((starts[:, None] + np.arange(span)) % length).ravel()  # in the order of throwing
-        when = np.full(length, covered.size, np.int64)
-        when[covered[::-1]] = np.arange(covered.size)[
-            ::-1
-        ]  # numpy keeps the last write: the first throw
-        order = np.flatnonzero(when < covered.size)
-    earliest = order[np.argsort(when[order])[:budget]]
+        thrown = ((starts[:, None] + np.arange(span)) % length).ravel()  # positions, in order
+        when = np.full(length, len(thrown))
+        when[thrown[::-1]] = np.arange(len(thrown))[::-1]  # the last write stays: the first throw
+        reached = np.flatnonzero(when < len(thrown))
+    earliest = reached[np.argsort(when[reached])[:budget]]
     owner[earliest] = when[earliest] // span
     return owner
 
 
 def span_mask(rng: np.random.Generator, length: int, share: float, span: int) -> np.ndarray:
-    """A random mask in spans: (length,) bool, exactly mask_budget(length, share) True. See _draw_spans."""
+    """A random mask in spans, as _draw_spans explains: (length,) bool, mask_budget of them True."""
     return _draw_spans(rng, length, share, span) >= 0
 
 
@@ -537,9 +505,9 @@ def mask_text(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Corrupt spans of tokens for the language model; special ids stay.
 
-    Of the masked spans 80% become [MASK], 10% random tokens and 10% stay as they are, drawn once for a whole span: so
-    a wrong token or a right one has neighbours of its kind, and being unmasked says nothing about being right.
-    The share is of the tokens that are not special, and spans run over those in order.
+    Of the spans 80% become [MASK], 10% random tokens, and 10% stay as they are but are predicted
+    all the same: so a token that is not [MASK] may be wrong, and the model must read it, too. The
+    share is of the tokens that are not special; spans run over those as if nothing lay between.
 
     Args:    tokens (U,) int64.
     Returns: corrupted (U,) int64; masked (U,) bool, True where the token is to be predicted.
@@ -561,7 +529,7 @@ def row_rng(seed: int, epoch: int, row: int, purpose: int) -> np.random.Generato
     return np.random.default_rng([seed, int(epoch), int(row), purpose])
 
 
-# ---------------------------------------------------------------------------------------------- batch plan
+# --------------------------------------------------------------------------------------- batch plan
 
 
 @lru_cache(maxsize=64)
@@ -570,22 +538,24 @@ def _joint_order(seed: int, turn: int) -> np.ndarray:
 
 
 def joint_bucket(seed: int, step: int) -> int:
-    """Which of the N_JOINT combinations of buckets step s uses: all of them once in every N_JOINT steps."""
+    """Which combination of buckets a step uses: each of the N_JOINT once in every N_JOINT steps."""
     return int(_joint_order(seed, step // N_JOINT)[step % N_JOINT])
 
 
 class BatchPlan:
-    """Which rows are in micro-batch k of step s, for ever, as a closed formula: nothing to replay on resume.
+    """Which rows are in micro-batch k of step s, for ever, by a formula: resuming replays nothing.
 
-    Rows are sorted by length and cut into buckets; a micro-batch takes its rows from one bucket and is padded to the
-    bucket's longest row, so there are only a few shapes. Within a bucket the batches walk through one random
-    permutation after the other; what is left of one goes on into the next. Buckets are cut so that one pass
-    takes each the same number of steps: then long and short rows are visited equally often, to within a batch.
+    Rows are sorted by length and cut into buckets. A micro-batch takes its rows from one bucket and
+    is padded to the bucket's longest row, so there are only a few shapes. Within a bucket batches
+    walk through one random permutation after the other; what is left of one runs on into the next.
+    The buckets are cut so that a pass over any of them takes equally many steps: then long and
+    short rows are visited equally often.
 
     Args: lengths         (n,) int, of any unit.
-          units_per_step  length of a step's batch, padding counted, over all its micro-batches.
+          units_per_step  size of a step in that unit, padding counted, over all its micro-batches;
+                          a bucket whose longest row does not fit gets micro-batches of one row.
           micro_batches   A, micro-batches of a step.
-          stream          a number that sets this stream's order apart from the others'.
+          stream          a number that sets this stream's order apart from that of others.
     """
 
     def __init__(
@@ -598,53 +568,49 @@ class BatchPlan:
         seed: int,
         stream: int,
     ) -> None:
-        assert len(lengths) and np.min(lengths) > 0 and n_buckets in (1, 2, 4, 8), (
-            len(lengths),
-            n_buckets,
-        )
+        assert len(lengths) and np.min(lengths) > 0 and n_buckets in (1, 2, 4, 8), n_buckets
         self.seed, self.stream, self.micro_batches = seed, stream, micro_batches
         self.units_per_micro = units_per_step // micro_batches
         order = np.argsort(lengths, kind="stable")
         lengths = np.asarray(lengths, np.int64)[order]
-        for wanted in (
-            n for n in (8, 4, 2, 1) if n <= n_buckets
-        ):  # so few rows may not fill them all
-            stops = self._cut(lengths, wanted)
-            if len(stops) == wanted:
-                break
-        bucket_len, slot_bucket = np.unique(lengths[np.array(stops) - 1], return_inverse=True)
-        stops = [
-            stops[np.flatnonzero(slot_bucket == b)[-1]] for b in range(len(bucket_len))
-        ]  # equal shapes are one
-        self.bucket_len = [int(longest) for longest in bucket_len]
-        self.rows_per_micro = [self._rows(longest) for longest in self.bucket_len]
-        self.rows = [order[start:stop].astype(np.int32) for start, stop in zip([0, *stops], stops)]
+        stops = self._cut(lengths, n_buckets)
+        while len(stops) < n_buckets:  # a few rows do not fill them all
+            n_buckets //= 2
+            stops = self._cut(lengths, n_buckets)
+        # Buckets of one length are one bucket, which keeps its share of the steps.
+        longest, merged = np.unique(lengths[np.array(stops) - 1], return_inverse=True)
+        self.bucket_len = longest.tolist()
         self.slot_bucket = np.repeat(
-            slot_bucket, N_JOINT // wanted
+            merged, N_JOINT // n_buckets
         )  # (N_JOINT,) joint index to bucket
-        self._real_units = [int(lengths[a:b].sum()) for a, b in zip([0, *stops], stops)]
+        ends = [stops[np.flatnonzero(merged == b)[-1]] for b in range(len(self.bucket_len))]
+        self.rows = [rows.astype(np.int32) for rows in np.split(order, ends[:-1])]
+        self.real_units = [int(part.sum()) for part in np.split(lengths, ends[:-1])]
+        self.rows_per_micro = [self._rows(longest) for longest in self.bucket_len]
         self._permutations: dict[int, dict[int, np.ndarray]] = {}
 
     def _rows(self, longest: int) -> int:
         return max(1, self.units_per_micro // int(longest))
 
     def _cut(self, lengths: np.ndarray, n_buckets: int) -> list[int]:
-        """Ends of buckets of sorted rows such that the bucket with most micro-batches a pass has as few as can be."""
+        """Where buckets of sorted rows end, so that the one with most micro-batches has the fewest.
+
+        May give fewer buckets than asked where there are few rows.
+        """
 
         def cut(most: float) -> list[int]:
+            """Buckets as long as `most` micro-batches can hold; more rows never need fewer."""
             stops = [0]
             while stops[-1] < len(lengths) and len(stops) <= n_buckets:
-                start, ends = stops[-1], range(stops[-1] + 1, len(lengths) + 1)
-                # More rows, or longer ones, never need fewer micro-batches: bisection finds the last end that fits.
+                start = stops[-1]
+                ends = range(start + 1, len(lengths) + 1)
                 n_fit = bisect_right(
                     ends, most, key=lambda end: (end - start) / self._rows(lengths[end - 1])
                 )
                 stops.append(start + max(1, n_fit))
             return stops[1:]
 
-        low, high = 0.0, float(
-            len(lengths)
-        )  # one bucket holds everything at n micro-batches of one row
+        low, high = 0.0, float(len(lengths))  # the latter fits any rows into one bucket
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (low, middle) if cut(middle)[-1] == len(lengths) else (middle, high)
@@ -670,7 +636,7 @@ class BatchPlan:
         return kept[epoch]
 
     def micro_batch(self, step: int, k: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Rows (R,) int64, their epochs (R,) int64, and the length they are padded to."""
+        """Rows of a micro-batch (B,) int64, their epochs (B,) int64, and the length to pad to."""
         assert 0 <= k < self.micro_batches, (k, self.micro_batches)
         bucket = self.bucket(step)
         n_rows, size = self.rows_per_micro[bucket], len(self.rows[bucket])
@@ -683,55 +649,51 @@ class BatchPlan:
 
     def bucket_max(self, values: np.ndarray) -> dict[int, int]:
         """The largest of values (n,) among each bucket's rows, by the bucket's padded length."""
-        return {
-            longest: int(values[rows].max()) for longest, rows in zip(self.bucket_len, self.rows)
-        }
+        return {size: int(values[rows].max()) for size, rows in zip(self.bucket_len, self.rows)}
 
     def describe(self) -> list[dict[str, float]]:
-        """One dict a bucket: padded length, rows, rows per micro-batch, steps it gets of every N_JOINT, waste."""
+        """Padded length, rows, rows per micro-batch, share of steps, padding: for each bucket."""
+        buckets = zip(self.bucket_len, self.rows, self.rows_per_micro, self.real_units)
         return [
             {
                 "longest": longest,
                 "rows": len(rows),
-                "rows_per_micro": self.rows_per_micro[b],
-                "steps_of_8": int((self.slot_bucket == b).sum()),
-                "padding": 1 - self._real_units[b] / (len(rows) * longest),
+                "rows_per_micro": rows_per_micro,
+                "steps": float((self.slot_bucket == b).mean()),
+                "padding": 1 - real / (len(rows) * longest),
             }
-            for b, (longest, rows) in enumerate(zip(self.bucket_len, self.rows))
+            for b, (longest, rows, rows_per_micro, real) in enumerate(buckets)
         ]
 
     def padding_waste(self) -> float:
         """Share of padding in one pass over all rows."""
         padded = sum(len(rows) * longest for rows, longest in zip(self.rows, self.bucket_len))
-        return 1 - sum(self._real_units) / padded
+        return 1 - sum(self.real_units) / padded
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_permutations": {}}
 
 
-# ------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 class _Tensors:
     """What every batch can do: move all its tensors."""
 
-    def _map(self, move: Callable):
+    def _map(self, move: Callable[[Any], Any]) -> Any:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self,
-            **{name: value if value is None else move(value) for name, value in values.items()},
-        )
+        return replace(self, **{k: move(v) for k, v in values.items() if v is not None})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False):
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self):
+    def pin_memory(self) -> Any:
         return self._map(lambda value: value.pin_memory())
 
 
 @dataclass(frozen=True)
 class SpeechBatch(_Tensors):
-    """Utterances; M is the same for every batch of a bucket. Features are raw: the model standardises them."""
+    """Utterances. Features are raw: the model standardises them. M is fixed in a bucket."""
 
     features: Tensor  # (B, F, 80) float32 log-mel, zero after each row's end
     feature_lens: Tensor  # (B,) int64
@@ -772,13 +734,12 @@ class Batch(_Tensors):
     pairs: PairBatch | None = None
 
     def counts(self) -> dict[str, float]:
-        """What each loss is divided by: positions to predict, or decisions. Only losses with data are named."""
+        """What each loss that has data is divided by: predicted positions, or decisions."""
         counts = {}
         if self.speech is not None:
             per_row = self.speech.masked.sum(1)
-            counts["contrastive"] = float(
-                per_row[per_row >= 2].sum()
-            )  # one masked frame has no negatives
+            with_negatives = per_row >= 2  # one masked frame alone has none
+            counts["contrastive"] = float(per_row[with_negatives].sum())
             counts["code_mlm"] = counts["diversity"] = float(per_row.sum())
         if self.text is not None:
             counts["span_lm"] = float(self.text.masked_weight.sum())
@@ -790,7 +751,7 @@ class Batch(_Tensors):
 
 
 def _flat_masked(masked: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Flat positions of the True ones, filled up to a static number: index (M,) int64 and weight (M,) float32."""
+    """Flat positions of the True ones, filled up to M: (M,) int64; their weights (M,) float32."""
     places = np.flatnonzero(masked)
     assert len(places) <= capacity, (len(places), capacity)
     index, weight = np.zeros(capacity, np.int64), np.zeros(capacity, np.float32)
@@ -820,9 +781,8 @@ def _text_batch(
     """Mask rows of tokens, each with its own random numbers, and pad them to width."""
     pairs = [mask_text(rng, row, share, TEXT_SPAN, vocab_size) for rng, row in zip(rngs, clean)]
     masked = _padded([mask for _, mask in pairs], width) == 1  # (B, U)
-    index, weight = _flat_masked(
-        masked, len(clean) * mask_budget(width - 1, share)
-    )  # [CLS] is never masked
+    room = width - 1  # [CLS] is never masked
+    index, weight = _flat_masked(masked, len(clean) * mask_budget(room, share))
     targets = np.where(weight > 0, _padded(clean, width).ravel()[index], PAD_ID)
     tokens = torch.from_numpy(_padded([corrupted for corrupted, _ in pairs], width))
     return TextBatch(tokens, _lens(clean), *map(torch.from_numpy, (index, weight, targets)))
@@ -843,7 +803,7 @@ def _speech_batch(
     return SpeechBatch(padded, _lens(features), *map(torch.from_numpy, (masked, *flat)))
 
 
-# ---------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def _row_frames(manifest: Manifest) -> np.ndarray:
@@ -855,23 +815,23 @@ def _row_frames(manifest: Manifest) -> np.ndarray:
 def _read_features(
     manifest: Manifest, i: int, start: float, seconds: float, at_most: int
 ) -> Tensor:
-    """(F, 80) log-mel of a part of row i. Raises ValueError naming row and file where it cannot be had."""
+    """(F, 80) log-mel of a part of row i. Raises an error of one line naming row and file."""
     row = manifest.row(i)
     try:
         wave = read_audio(row["audio_filepath"], row.get("offset", 0.0) + start, seconds)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{manifest.where(i)}: {error}") from error
-    features = (
-        log_mel(torch.from_numpy(wave))[:at_most] if n_frames(len(wave)) else torch.zeros(0, N_MELS)
-    )
-    if subsampled_lens(len(features)) < MIN_ENC_FRAMES:
+    if subsampled_lens(n_frames(len(wave))) < MIN_ENC_FRAMES:
         found = f"{len(wave) / SAMPLE_RATE:.3f} s of audio where the manifest says {seconds:g}"
         raise ValueError(f"{manifest.where(i)}: {row['audio_filepath']}: {found}")
-    return features
+    return log_mel(torch.from_numpy(wave))[:at_most]
 
 
 def _usable(manifest: Manifest, faults: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
-    """Rows without a fault, (n,) bool, and the others counted by their first. Raises ValueError when none is left."""
+    """(n,) bool, rows without a fault, and the others counted by their first fault.
+
+    Raises: ValueError when none is left.
+    """
     keep, left_out = np.ones(len(manifest), bool), {}
     for reason, bad in faults.items():
         if n_bad := int((keep & bad).sum()):
@@ -885,7 +845,7 @@ def _usable(manifest: Manifest, faults: dict[str, np.ndarray]) -> tuple[np.ndarr
 
 
 class SpeechRows:
-    """Speech alone. Rows longer than max_audio_s are cut at random, anew each epoch; very short ones are left out.
+    """Speech alone. Of rows longer than max_audio_s a part is read, another one each epoch.
 
     Attributes: lengths (n,) int64 log-mel frames; left_out, reason to number of rows.
     """
@@ -894,9 +854,10 @@ class SpeechRows:
         too_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
         keep, self.left_out = _usable(manifest, {"shorter than two encoder frames": too_short})
         self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
-        self.lengths = np.minimum(
-            _row_frames(self.manifest), n_frames(round(max_audio_s * SAMPLE_RATE))
-        )
+        most = n_frames(round(max_audio_s * SAMPLE_RATE))
+        if subsampled_lens(most) < MIN_ENC_FRAMES:
+            raise ValueError(f"--max-audio-s {max_audio_s:g}: need two encoder frames (0.1 s)")
+        self.lengths = np.minimum(_row_frames(self.manifest), most)
 
     def features(self, row: int, epoch: int) -> Tensor:
         """(F, 80) log-mel of a row as it is in that epoch, F at most lengths[row]."""
@@ -913,7 +874,7 @@ class SpeechRows:
 
 @dataclass
 class TextRows:
-    """Text alone, packed (TextCorpus.pack). The token files are mapped by each process for itself."""
+    """Text alone, packed (TextCorpus.pack). Each process maps the token files for itself."""
 
     corpus: TextCorpus
     seed: int
@@ -952,11 +913,15 @@ def _transcript_key(text: str) -> str:
 
 
 class PairRows:
-    """Speech with transcripts. Rows that are too long are left out: a cut would no longer match its text.
+    """Speech with transcripts. Too long rows are left out: a part would not match its text.
 
-    Attributes: lengths (n,) int64 log-mel frames; text_lens (n,) int64 tokens of the transcript; text_room (n,) int64
-    tokens of [CLS] and the longest transcript a row may meet, its own or a negative; left_out, reason to
-    number of rows; widened, number of rows whose negatives had to come from outside 10% of their length.
+    Attributes: lengths    (n,) int64 log-mel frames.
+                text_lens  (n,) int64 tokens of the transcript.
+                text_room  (n,) int64 tokens of [CLS] and the longest text a row may meet, its own
+                           or a negative.
+                left_out   reason to number of rows.
+                widened    number of rows whose STM negatives may differ by more than 10% in length.
+    Raises:     ValueError where no row is usable or all transcripts are the same.
     """
 
     def __init__(
@@ -971,9 +936,9 @@ class PairRows:
             stops.append(len(tokens))
             transcript.append(numbers.setdefault(_transcript_key(text), len(numbers)))
         text_lens = np.diff(np.array(stops, np.int64), prepend=0)
+        too_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
         faults = {
-            "shorter than two encoder frames": subsampled_lens(_row_frames(manifest))
-            < MIN_ENC_FRAMES,
+            "shorter than two encoder frames": too_short,
             f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s,
             "without transcript": text_lens == 0,
         }
@@ -986,16 +951,18 @@ class PairRows:
         self._find_windows()
 
     def _find_windows(self) -> None:
-        """For each row, the transcripts its negatives are drawn from: a range of the rows sorted by text length.
+        """Where each row's STM negatives are drawn from: a range of the rows sorted by text length.
 
-        The range begins with the transcripts of just the row's length and grows token by token to 10% only where
-        they are few; so the length of a text says as little as can be about whether it belongs to the speech.
+        That range begins with the texts of just its own length, and grows token by token up to 10%
+        only as long as they are few: so the length of a text says as little as can be about whether
+        it belongs to the speech. If even 10% hold no other text, it grows until there is one.
+        UNSPECIFIED IN PAPER: how STM's negatives are made.
         """
         self._by_length = np.argsort(self.text_lens, kind="stable")
         ordered, different = self.text_lens[self._by_length], self._transcript[self._by_length]
         if len(np.unique(different)) < 2:
             raise ValueError(
-                "speech-text matching needs at least two different transcripts; the pairs hold one"
+                "pairs with one transcript only; matching needs at least two different"
             )
         sizes, of_size = np.unique(self.text_lens, return_inverse=True)
         windows, self.widened = np.empty((len(sizes), 3), np.int64), 0
@@ -1019,17 +986,24 @@ class PairRows:
             if len(other):
                 return int(other[0])
 
+    def features(self, i: int) -> Tensor:
+        """(F, 80) log-mel, F at most lengths[i]."""
+        return _read_features(self.manifest, i, 0.0, self.manifest.durations[i], self.lengths[i])
+
     def tokens(self, i: int) -> np.ndarray:
         """(U,) int64: [CLS] and the transcript."""
         stop = self._stops[i]
-        return np.concatenate([[CLS_ID], self._tokens[stop - self.text_lens[i] : stop]]).astype(
-            np.int64
-        )
+        text = self._tokens[stop - self.text_lens[i] : stop]
+        return np.concatenate([[CLS_ID], text]).astype(np.int64)
 
     def collate(
         self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int, text_len: int | None = None
     ) -> PairBatch:
-        """A batch padded to bucket_len frames and text_len tokens (None: as many as these rows may need)."""
+        """A batch of bucket_len frames and text_len tokens, or as many as these rows may need.
+
+        TLM masks both halves and predicts both. STM joins the same masked speech once with its own
+        text and once with a foreign one, masked alike, so that the masks do not tell them apart.
+        """
         width = int(self.text_room[rows].max()) if text_len is None else text_len
 
         def rngs(purpose: int) -> list[np.random.Generator]:
@@ -1038,14 +1012,10 @@ class PairRows:
         def text_batch(clean: list[np.ndarray], purpose: int) -> TextBatch:
             return _text_batch(clean, rngs(purpose), TLM_TEXT_MASK, width, self.vocab_size)
 
-        wholes = [(self.manifest.durations[row], self.lengths[row]) for row in rows]
-        features = [
-            _read_features(self.manifest, row, 0.0, *whole) for row, whole in zip(rows, wholes)
-        ]
+        features = [self.features(row) for row in rows]
         clean = [self.tokens(row) for row in rows]
-        negative = [
-            self.tokens(self.stm_negative(rng, row)) for rng, row in zip(rngs(STM_NEGATIVE), rows)
-        ]
+        foreign = [self.stm_negative(rng, row) for rng, row in zip(rngs(STM_NEGATIVE), rows)]
+        negative = [self.tokens(row) for row in foreign]
         corrupted = text_batch(negative, STM_TEXT_MASKING)
         return PairBatch(
             speech=_speech_batch(features, rngs(PAIR_SPEECH_MASKING), TLM_SPEECH_MASK, bucket_len),
@@ -1057,13 +1027,13 @@ class PairRows:
         )
 
 
-# ------------------------------------------------------------------------------------------------- streams
+# ------------------------------------------------------------------------------------------ streams
 
 
 class PretrainData(Dataset):
-    """Micro-batches by (step, k), for DataLoader(data, batch_size=None, sampler=pairs of (step, k), ...).
+    """Micro-batches by (step, k): for DataLoader(data, batch_size=None, sampler=[(0, 0), ...]).
 
-    Each stream is a pair (rows, its BatchPlan) or None; all plans share seed and micro-batches.
+    Each stream is a pair (rows, their BatchPlan) or None; all plans share seed and micro-batches.
     """
 
     def __init__(
@@ -1074,9 +1044,7 @@ class PretrainData(Dataset):
     ) -> None:
         self.speech, self.text, self.pairs = speech, text, pairs
         plans = [stream[1] for stream in (speech, text, pairs) if stream]
-        assert (
-            plans and len({(plan.seed, plan.micro_batches) for plan in plans}) == 1
-        ), "plans differ in seed or A"
+        assert len({(plan.seed, plan.micro_batches) for plan in plans}) == 1, plans
         self.pair_text_len = pairs[1].bucket_max(pairs[0].text_room) if pairs else {}
 
     def __getitem__(self, step_and_k: tuple[int, int]) -> Batch:
@@ -1104,13 +1072,10 @@ def dev_batches(
            text_units    tokens of a batch of text, padding counted.
     Yields batches of one stream each.
     """
-    for name, rows, units in (
-        ("speech", speech, speech_units),
-        ("text", text, text_units),
-        ("pairs", pairs, speech_units),
-    ):
+    for name, rows in (("speech", speech), ("text", text), ("pairs", pairs)):
         if rows is None:
             continue
+        units = text_units if name == "text" else speech_units
         order, start = np.argsort(rows.lengths, kind="stable"), 0
         while start < len(order):
             stop = start + 1
@@ -1125,9 +1090,9 @@ def dev_batches(
 def feature_statistics(
     manifest: Manifest, max_seconds: float = 3600, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the log-mel bins over random rows, at most 30 s of each, an hour in all.
+    """Mean and deviation of each log-mel bin over max_seconds of random rows, 30 s of each at most.
 
-    Returns: mean (80,), std (80,) float32; std is at least 0.01, for bins where there is only digital silence.
+    Returns: mean (80,), std (80,) float32; std at least 0.01, for bins of digital silence.
     """
     count, total, squares, seconds = 0, np.zeros(N_MELS), np.zeros(N_MELS), 0.0
     for i in np.random.default_rng([seed, STATISTICS]).permutation(len(manifest)):
@@ -1146,7 +1111,7 @@ def feature_statistics(
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-# ----------------------------------------------------------------------------------------- making manifests
+# --------------------------------------------------------------------------------- making manifests
 
 
 @dataclass
@@ -1169,18 +1134,22 @@ class Report:
         self.rejected[reason] = (count + 1, first)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.rows} rows, {self.seconds / 3600:.2f} hours, {len(self.speakers) or 'unknown'} speakers"
-        ]
-        lines += [
-            f"rejected {n}: {reason} (first: {first})"
-            for reason, (n, first) in self.rejected.items()
-        ]
+        speakers = f"{len(self.speakers) or 'unknown'} speakers"
+        lines = [f"{self.rows} rows, {self.seconds / 3600:.2f} hours, {speakers}"]
+        for reason, (count, first) in self.rejected.items():
+            lines.append(f"rejected {count}: {reason} (first: {first})")
         return "\n".join(lines)
+
+    def demand_rows(self, what: str) -> None:
+        if not self.rows:
+            raise ValueError(f"{what}: 0 usable rows; {self}".replace("\n", "; "))
 
 
 def _write_manifest(out: Path, candidates: Iterable[dict], report: Report) -> Report:
-    """Measure each candidate's audio and write the good rows, in order; paths below out's folder become relative."""
+    """Measure the audio of each candidate and write the good ones, in order.
+
+    Paths below the manifest's folder are written relative to it, others absolute.
+    """
 
     def measure(row: dict) -> tuple[dict, str]:
         try:
@@ -1198,12 +1167,9 @@ def _write_manifest(out: Path, candidates: Iterable[dict], report: Report) -> Re
                     continue
                 report.accept(row)
                 name = path.relative_to(folder) if path.is_relative_to(folder) else path
-                sink.write(
-                    json.dumps({**row, "audio_filepath": str(name)}, ensure_ascii=False).encode()
-                    + b"\n"
-                )
-        if not report.rows:
-            raise ValueError(f"manifest {out}: nothing to write; {report}".replace("\n", "; "))
+                row = {**row, "audio_filepath": str(name)}
+                sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        report.demand_rows(f"manifest {out}")
 
     folder = out.resolve().parent
     _write_atomically(out, write)
@@ -1213,7 +1179,7 @@ def _write_manifest(out: Path, candidates: Iterable[dict], report: Report) -> Re
 def librispeech_manifest(
     root: Path | str, out: Path | str, splits: Iterable[str] | None = None
 ) -> Report:
-    """Manifest of LibriSpeech's layout: ROOT/SPLIT/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt.
+    """Manifest of SPLIT/SPEAKER/CHAPTER/ID.flac with SPEAKER-CHAPTER.trans.txt, as LibriSpeech has.
 
     Args:    root    the folder with the splits, or the one that holds LibriSpeech/.
              splits  names of splits; None takes all.
@@ -1227,7 +1193,7 @@ def librispeech_manifest(
     splits = found if splits is None else list(splits)
     if missing := [name for name in splits if name not in found]:
         raise FileNotFoundError(
-            f"LibriSpeech {root}: no split {missing[0]}; found {found or 'none'} (--splits)"
+            f"{root}: no split {missing[0]}; found {found or 'none'} (--splits)"
         )
     report = Report()
 
@@ -1239,9 +1205,13 @@ def librispeech_manifest(
     return _write_manifest(Path(out), candidates(), report)
 
 
+def _audio_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES)
+
+
 def _chapter_rows(chapter: Path, split: str, report: Report) -> Iterator[dict]:
     """Rows of one chapter's folder: audio files by id, transcripts from its .trans.txt."""
-    audio = {path.stem: path for path in sorted(chapter.iterdir()) if path.suffix in AUDIO_SUFFIXES}
+    audio = {path.stem: path for path in _audio_files(chapter.iterdir())}
     for transcripts in sorted(chapter.glob("*.trans.txt")):
         for line in read_lines(transcripts):
             name, _, text = line.partition(" ")
@@ -1258,33 +1228,27 @@ def _chapter_rows(chapter: Path, split: str, report: Report) -> Iterator[dict]:
 
 
 def directory_manifest(root: Path | str, out: Path | str) -> Report:
-    """Manifest of all audio below a folder; the transcript is the file of the same name in .txt, where there is one."""
+    """Manifest of all audio below a folder; the .txt of the same name is its transcript, if any."""
     root = Path(root).resolve()
     if not root.is_dir():
         raise FileNotFoundError(f"audio folder {root}: no such folder")
 
     def candidates() -> Iterator[dict]:
-        for path in sorted(
-            path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES
-        ):
+        for path in _audio_files(root.rglob("*")):
             row = {"audio_filepath": str(path), "id": str(path.relative_to(root).with_suffix(""))}
             transcript = path.with_suffix(".txt")
-            yield (
-                {**row, "text": " ".join(read_lines(transcript)).strip()}
-                if transcript.is_file()
-                else row
-            )
+            if transcript.is_file():
+                row["text"] = " ".join(read_lines(transcript)).strip()
+            yield row
 
     return _write_manifest(Path(out), candidates(), Report())
 
 
 def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False) -> Report:
-    """Go through a manifest row by row; unlike Manifest.read, count what is wrong instead of stopping at it."""
+    """Count good and bad rows of a manifest, where Manifest.read stops at the first bad one."""
     report = Report()
     for number, _, _, row in _parse_rows(_read_bytes(path, "manifest")):
-        fault = (
-            ("not a JSON line", str(row)) if isinstance(row, Exception) else row_fault(row, False)
-        )
+        fault = row_fault(row, False)
         if not fault and row["duration"] > max_audio_s:
             fault = f"longer than --max-audio-s {max_audio_s:g}", f"{row['duration']:g} s"
         if not fault and read:
@@ -1293,8 +1257,7 @@ def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False
             report.reject(fault[0], f"{path}:{number}: {fault[1]}")
         else:
             report.accept(row)
-    if not report.rows:
-        raise ValueError(f"manifest {path}: 0 usable rows; {report}".replace("\n", "; "))
+    report.demand_rows(f"manifest {path}")
     return report
 
 
@@ -1308,29 +1271,26 @@ def _audio_fault(path: Path, row: dict) -> tuple[str, str] | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 
 def _run_tokenizer(args: argparse.Namespace) -> None:
-    paths = [Path(name) for name in args.text.split(",")]
+    def lines() -> Iterator[str]:
+        return (line for name in args.text.split(",") for line in read_lines(Path(name)) if line)
+
     step = 1
-    if args.max_lines:  # evenly spaced ones, so that every part of the corpus is heard
-        step = max(
-            1, math.ceil(sum(1 for path in paths for _ in read_lines(path)) / args.max_lines)
-        )
-    lines = islice((line for path in paths for line in read_lines(path)), 0, None, step)
-    tokenizer = Tokenizer.train(lines, args.vocab_size, args.text_case)
+    if args.max_lines:  # evenly spaced, so that every part of the corpus is heard
+        step = max(1, math.ceil(sum(1 for _ in lines()) / args.max_lines))
+    tokenizer = Tokenizer.train(islice(lines(), 0, None, step), args.vocab_size, args.text_case)
     tokenizer.save(args.out)
-    print(
-        f"{args.out}: {tokenizer.vocab_size} pieces, text case {tokenizer.text_case}, {tokenizer.fingerprint}"
-    )
+    about = f"text case {tokenizer.text_case}, fingerprint {tokenizer.fingerprint}"
+    print(f"{args.out}: {tokenizer.vocab_size} pieces, {about}")
 
 
 def _run_manifest(args: argparse.Namespace) -> None:
     if args.layout == "librispeech":
-        report = librispeech_manifest(
-            args.root, args.out, args.splits.split(",") if args.splits else None
-        )
+        splits = args.splits.split(",") if args.splits else None
+        report = librispeech_manifest(args.root, args.out, splits)
     else:
         report = directory_manifest(args.root, args.out)
     print(f"{args.out}: {report}")
@@ -1339,64 +1299,51 @@ def _run_manifest(args: argparse.Namespace) -> None:
 def _run_check(args: argparse.Namespace) -> None:
     print(f"{args.manifest}: {check_manifest(Path(args.manifest), args.max_audio_s, args.read)}")
     if args.tokenizer:
-        tokenizer, texts = Tokenizer.load(args.tokenizer), []
-        for _, _, _, row in _parse_rows(_read_bytes(Path(args.manifest), "manifest")):
-            if isinstance(row, dict) and not row_fault(row, True) and row["text"].strip():
-                texts.append(row["text"])
-        lens, unknown = [], 0
-        for ids in tokenizer.encode(texts):
-            lens.append(len(ids))
-            unknown += ids.count(UNK_ID)
-        print(
-            f"{len(texts)} transcripts, {sum(lens)} tokens, longest {max(lens, default=0)}, unknown {unknown}"
-        )
+        tokenizer = Tokenizer.load(args.tokenizer)
+        rows = [row for *_, row in _parse_rows(_read_bytes(Path(args.manifest), "manifest"))]
+        texts = [row["text"] for row in rows if not row_fault(row, True) and row["text"].strip()]
+        ids = tokenizer.encode(texts)
+        lens, unknown = [len(row) for row in ids], sum(row.count(UNK_ID) for row in ids)
+        sizes = f"{sum(lens)} tokens, longest {max(lens, default=0)}, unknown {unknown}"
+        print(f"{len(texts)} transcripts: {sizes}")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line of data.py: manifest, tokenizer, check."""
     parser = argparse.ArgumentParser(prog="data.py", description="Prepare and check training data.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    tokenizer = commands.add_parser("tokenizer", help="train a SentencePiece tokenizer")
-    tokenizer.add_argument(
-        "--text", required=True, help="text files, comma separated; one sentence per line"
-    )
-    tokenizer.add_argument(
-        "--vocab-size", type=int, default=32000, help="pieces (default 32000, as SLAM)"
-    )
-    tokenizer.add_argument("--out", required=True, help="model file to write")
-    tokenizer.add_argument(
-        "--text-case", choices=("lower", "keep"), default="lower", help="(default lower)"
-    )
-    tokenizer.add_argument(
-        "--max-lines", type=int, help="train on at most so many lines, evenly spaced (default all)"
-    )
-    tokenizer.set_defaults(run=_run_tokenizer)
+    command = commands.add_parser("tokenizer", help="train a SentencePiece tokenizer")
+    add = command.add_argument
+    add("--text", required=True, help="text files, comma separated; one sentence a line")
+    add("--vocab-size", type=int, default=32000, help="pieces (default 32000, as in the paper)")
+    add("--out", required=True, help="model file to write")
+    add("--text-case", choices=("lower", "keep"), default="lower", help="(default lower)")
+    add("--max-lines", type=int, help="use about so many lines, evenly spaced (default all)")
+    command.set_defaults(run=_run_tokenizer)
 
-    manifest = commands.add_parser("manifest", help="write a manifest of a corpus")
-    layouts = manifest.add_subparsers(dest="layout", required=True)
-    for layout, about in (
-        ("librispeech", "LibriSpeech's folders"),
-        ("directory", "any folder of audio"),
-    ):
-        command = layouts.add_parser(layout, help=about)
-        command.add_argument("root", help="folder to read")
+    layouts = commands.add_parser("manifest", help="write the manifest of a corpus")
+    layouts = layouts.add_subparsers(dest="layout", required=True)
+    for layout in ("librispeech", "directory"):
+        command = layouts.add_parser(layout)
+        command.add_argument("root", help="folder of the corpus")
         command.add_argument("out", help="manifest to write (.jsonl)")
         if layout == "librispeech":
             command.add_argument("--splits", help="comma separated (default all)")
         command.set_defaults(run=_run_manifest)
 
-    check = commands.add_parser("check", help="count rows, hours, speakers and what is wrong")
-    check.add_argument("manifest")
-    check.add_argument("--tokenizer", help="also count tokens with this model")
-    check.add_argument(
-        "--max-audio-s", type=float, default=math.inf, help="seconds; longer rows are rejected"
-    )
-    check.add_argument("--read", action="store_true", help="decode every file")
-    check.set_defaults(run=_run_check)
+    command = commands.add_parser("check", help="count rows, hours, speakers and what is wrong")
+    add = command.add_argument
+    add("manifest")
+    add("--tokenizer", help="also count tokens with this model")
+    add("--max-audio-s", type=float, default=math.inf, help="reject longer rows (default none)")
+    add("--read", action="store_true", help="decode every file")
+    command.set_defaults(run=_run_check)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; a user's mistake is one line and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
         args.run(args)

@@ -119,6 +119,15 @@ class SlamPretraining(nn.Module):
             out |= self.pair_losses(batch.pairs)
         return out, statistics
 
+    def counts(self, batch: data.Batch) -> dict[str, float]:
+        """What each loss of the run is divided by, known before the forward pass: so it can be summed over ranks first."""
+        counts = batch.counts()
+        if hasattr(self, "ctc_head"):
+            lens, tokens = batch.pairs.text.lens - 1, batch.pairs.clean_tokens[:, 1:]  # without [CLS]
+            fits = L.ctc_fits(subsampled_lens(batch.pairs.speech.feature_lens), tokens, lens)
+            counts["ctc"] = float((lens * fits).sum())
+        return {name: counts[name] for name in self.objectives}
+
     def mask_fill(self, conv: Tensor, masked: Tensor, lens: Tensor) -> Tensor:
         """Replace masked frames by noise: (B, T, C), (B, T) bool, (B,) -> (B, T, C).
 
@@ -169,28 +178,30 @@ class SlamPretraining(nn.Module):
     def pair_losses(self, pairs: data.PairBatch) -> dict[str, L.Loss]:
         """TLM on the joined pair, STM on its [CLS] against another utterance's text, CTC before the text is joined.
 
-        STM's negatives are extra rows: the same masked speech with masked foreign text, read for [CLS] alone.
+        STM's negatives are extra rows: the same masked speech with masked foreign text, read for [CLS] alone. CTC, and STM
+        with --stm-unmasked, read clean speech, at the price of a second pass through the speech encoder.
         """
-        speech, text, with_stm = pairs.speech, pairs.text, hasattr(self, "match_head")
+        speech, text = pairs.speech, pairs.text
+        with_stm, clean_stm = hasattr(self, "match_head"), self.objectives_of_run.stm_unmasked
         conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)
         _, states = self.encoder.speech.encode(self.mask_fill(conv, speech.masked, lens), lens)  # (B, T, D)
-        stm_masked = with_stm and not self.objectives_of_run.stm_unmasked
-        texts = torch.cat([text.tokens, pairs.negative_tokens]) if stm_masked else text.tokens
-        text_lens = torch.cat([text.lens, pairs.negative_lens]) if stm_masked else text.lens
+        negatives = with_stm and not clean_stm
+        texts = torch.cat([text.tokens, pairs.negative_tokens]) if negatives else text.tokens
+        text_lens = torch.cat([text.lens, pairs.negative_lens]) if negatives else text.lens
         top, text_start = self.encode_pairs(states, lens, texts, text_lens)
         out = self.tlm_losses(pairs, conv, top, text_start)
+        if hasattr(self, "ctc_head") or (with_stm and clean_stm):
+            _, states = self.encoder.speech.encode(conv, lens)
         if with_stm:
-            if not stm_masked:  # --stm-unmasked: matching on clean speech and clean text, at the price of a second pass
-                _, states = self.encoder.speech.encode(conv, lens)
+            if clean_stm:
                 texts = torch.cat([pairs.clean_tokens, pairs.clean_negative_tokens])
                 text_lens = torch.cat([text.lens, pairs.negative_lens])
                 top, text_start = self.encode_pairs(states, lens, texts, text_lens)
             label = torch.cat([torch.ones_like(lens), torch.zeros_like(lens)])  # (2B,)
             out["stm"] = L.speech_text_matching(self.match_logit(top, text_start), label)
         if hasattr(self, "ctc_head"):
-            # UNSPECIFIED IN PAPER: whether CTC sees masked speech. It shares TLM's pass, so it does.
-            targets, target_lens = pairs.clean_tokens[:, 1:], text.lens - 1  # without [CLS]
-            out["ctc"] = L.ctc(self.ctc_head(states), lens, targets, target_lens)
+            # UNSPECIFIED IN PAPER (mSLAM): whether CTC sees masked speech. Here it hears all that its transcript says.
+            out["ctc"] = L.ctc(self.ctc_head(states), lens, pairs.clean_tokens[:, 1:], text.lens - 1)  # without [CLS]
         return out
 
     def encode_pairs(self, states: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -459,7 +470,7 @@ def plan_table(plans: dict[str, data.BatchPlan]) -> str:
     lines = []
     for name, plan in plans.items():
         unit, scale = ("tokens", 1) if name == "text" else ("s", 100)
-        lines.append(f"  {name}: {len(plan.lengths)} rows, padding {100 * plan.padding_waste():.1f}%")
+        lines.append(f"  {name}: {sum(map(len, plan.rows))} rows, padding {100 * plan.padding_waste():.1f}%")
         for row in plan.describe():
             longest = row["longest"] / scale
             lines.append(f"    up to {longest:7.2f} {unit:<6} {row['rows']:>9} rows, {row['rows_per_micro']} a micro-batch")

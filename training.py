@@ -1,7 +1,7 @@
 """Plumbing that every entry point shares: ranks, randomness, schedule, optimiser, the step loop, checkpoints, logs.
 
 No objective and no data format lives here. A model is anything whose `forward(batch)` returns {name: Loss} and statistics,
-and a batch is anything with `counts()`; DECISIONS 1 to 6 rule the arithmetic.
+and whose `counts(batch)` says beforehand what each loss is divided by; DECISIONS 1 to 6 rule the arithmetic.
 
 One optimiser step is A micro-batches (`--micro-batches`), numbered k = 0..A-1 over all ranks. Rank r of W runs k = r, r+W,
 ...; a single process runs them all. So W ranks and one process with the same A do the same step.
@@ -61,6 +61,13 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def union(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The items of all ranks' dicts of small plain values."""
+        every = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(every, own)
+        return {key: value for each in every for key, value in each.items()}
 
     def wait(self) -> None:
         """A barrier, when there is anybody to wait for."""
@@ -175,13 +182,14 @@ class Sums:
         self.values[key] = self.values[key] + value if key in self.values else value
 
     def reduced(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Summed over ranks, on the CPU: one all-reduce for all of them. Every rank must have added the same keys."""
-        if not self.values:
+        """Summed over ranks, on the CPU: one all-reduce for all of them. A rank without a batch for a key adds zero."""
+        shapes = ranks.union({key: value.shape for key, value in self.values.items()})
+        if not shapes:
             return {}
-        keys = sorted(self.values)
-        flat = ranks.sum(torch.cat([self.values[key].reshape(-1) for key in keys])).cpu()
-        parts = flat.split([self.values[key].numel() for key in keys])
-        return {key: part.view(self.values[key].shape) for key, part in zip(keys, parts)}
+        zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        own = [self.values.get(key, zero.expand(shape)).reshape(-1) for key, shape in sorted(shapes.items())]
+        parts = ranks.sum(torch.cat(own)).cpu().split([part.numel() for part in own])
+        return {key: part.view(shape) for (key, shape), part in zip(sorted(shapes.items()), parts)}
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -219,7 +227,8 @@ def train(
 ) -> bool:  # fmt: skip
     """The loop: from `start_step` to args.max_steps, one optimiser step at a time.
 
-    Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `step_done()` after each optimiser step; `objectives`, names.
+    Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `counts(batch)` -> {name:
+                            number} in the order of `objectives`; `step_done()`, called after each step.
              micro_batches  this rank's batches in plan order: A/W of them a step.
              on_log(step, metrics), on_save(step), on_eval(step): called on every rank, after the step.
     Returns: True at args.max_steps, False when a signal stopped it (on_save has been called).
@@ -237,7 +246,7 @@ def train(
         data_wait += time.perf_counter() - began
 
         # One small all-reduce: the step's loss counts and whether anybody was told to stop.
-        own = [sum(batch.counts()[name] for batch in batches) for name in model.objectives]
+        own = [sum(counts) for counts in zip(*(model.counts(batch).values() for batch in batches))]
         total = ranks.sum(torch.tensor([*own, float(bool(stop.received))], dtype=torch.float64)).tolist()
         if total[-1]:
             on_save(step)
@@ -355,7 +364,7 @@ def versions() -> dict[str, str]:
     )
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own class, which weights_only would refuse
         "numpy": np.__version__,
         "git": git.stdout.strip() or "unknown",
     }

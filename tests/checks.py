@@ -1,0 +1,452 @@
+"""Properties shared by the tests of the modules and by test_broken_copies.py, which shows that each can fail.
+
+Every check_* takes the module it questions, so that it can be asked of a deliberately broken copy, and raises
+AssertionError when the property does not hold. Small models and batches made by hand stand beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from types import ModuleType
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import conformer
+import data
+from conformer import CLS_ID, MASK_ID, N_MELS, N_SPECIAL, PAD_ID
+from losses import Loss
+
+MICRO = dict(
+    vocab_size=40, speech_layers=2, mm_layers=2, d_model=32, d_ff=48, n_heads=2, conv_kernel=5,
+    subsample_channels=4, norm_groups=8, dropout=0.0, n_codes=8, code_dim=16, conv_grad_scale=1.0,
+)  # fmt: skip
+
+
+def micro_config(**changes: object) -> conformer.SlamConfig:
+    """A model of a few thousand parameters, without dropout."""
+    return conformer.SlamConfig(**{**MICRO, **changes})
+
+
+def ruffled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Move every parameter away from 0 and 1, so that no bias or scale can hide a fault."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += 0.1 * noise.to(parameter.dtype)
+    return model
+
+
+def apart(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the root mean square of what is expected."""
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max() / expected.square().mean().sqrt())
+
+
+# ------------------------------------------------------------------------------- batches by hand
+
+
+def _span_masks(lens: Tensor, length: int, start: int, share: float) -> Tensor:
+    """(B, length) bool: one run a row, from `start`, of about `share` of the row."""
+    place = torch.arange(length)[None]
+    return (place >= start) & (place < start + (share * lens.double()).long()[:, None])
+
+
+def flat_index(masked: Tensor, n_filler: int) -> tuple[Tensor, Tensor]:
+    """(B, T) bool -> flat places of the True ones, with filler at the end; and their weights."""
+    index = masked.flatten().nonzero()[:, 0]
+    filler = torch.zeros(n_filler, dtype=torch.int64)
+    return torch.cat([index, filler]), torch.cat([torch.ones(len(index)), torch.zeros(n_filler)])
+
+
+def speech_batch(
+    frames: tuple[int, ...] = (72, 50), seed: int = 0, start: int = 3, share: float = 0.4
+):
+    """Random features; one masked run a row; three fillers."""
+    generator = torch.Generator().manual_seed(seed)
+    lens = torch.tensor(frames)
+    features = 2 * torch.randn(len(frames), max(frames), N_MELS, generator=generator) - 1
+    features = features * conformer.valid_mask(lens, max(frames))[..., None]
+    enc_lens = conformer.subsampled_lens(lens)
+    masked = _span_masks(enc_lens, int(enc_lens.max()), start, share)
+    return data.SpeechBatch(features, lens, masked, *flat_index(masked, 3))
+
+
+def text_batch(lens: tuple[int, ...] = (12, 9), vocab_size: int = 40, first: int = N_SPECIAL):
+    """[CLS] and tokens that are different throughout a row; a masked run, all of it [MASK]; three fillers."""
+    n, longest = torch.tensor(lens), max(lens)
+    clean = torch.full((len(lens), longest), PAD_ID)
+    for b, length in enumerate(lens):
+        clean[b, 0] = CLS_ID
+        clean[b, 1:length] = first + torch.arange(length - 1) + b * (longest - 1)
+    assert int(clean.max()) < vocab_size, int(clean.max())
+    masked = _span_masks(n, longest, 2, 0.4)
+    index, weight = flat_index(masked, 3)
+    targets = torch.where(weight > 0, clean.flatten()[index], PAD_ID)
+    return data.TextBatch(clean.masked_fill(masked, MASK_ID), n, index, weight, targets), clean
+
+
+def pair_batch(frames: tuple[int, ...] = (60, 44), lens: tuple[int, ...] = (8, 6)):
+    """Two pairs; the negatives are the same texts in the other order, so their lengths differ too."""
+    text, clean = text_batch(lens)
+    speech = speech_batch(frames, seed=1, start=2, share=0.6)
+    order = torch.arange(len(lens)).flip(0)
+    return data.PairBatch(speech, text, text.tokens[order], text.lens[order], clean, clean[order])
+
+
+def batch() -> data.Batch:
+    """One micro-batch of all three streams."""
+    return data.Batch(speech_batch(), text_batch()[0], pair_batch())
+
+
+# ------------------------------------------------------------------------------- padding
+
+
+def _junk_beyond(x: Tensor, lens: Tensor, length: int, junk: float = 1e3) -> Tensor:
+    """Lengthen (B, L, ...) to `length` and put junk wherever a row has ended."""
+    out = torch.full((x.shape[0], length, *x.shape[2:]), junk, dtype=x.dtype)
+    out[:, : x.shape[1]] = x
+    return out.masked_fill(~conformer.valid_mask(lens, length)[..., None], junk)
+
+
+def _rows_equal_alone(run, x: Tensor, lens: Tensor, tolerance: float) -> None:
+    """run(x, lens) -> (B, L, D): each row of the junk-padded batch equals that row alone."""
+    together = run(_junk_beyond(x, lens, x.shape[1] + 9), lens)
+    assert torch.isfinite(together).all()
+    for b, n in enumerate(lens.tolist()):
+        alone = run(x[b : b + 1, :n], lens[b : b + 1])
+        difference = apart(together[b, : alone.shape[1]], alone[0])
+        assert difference < tolerance, f"row {b} of {n}: {difference:.2e} away from itself alone"
+
+
+@torch.no_grad()
+def check_stack_ignores_padding(
+    module: ModuleType, config, dtype=torch.float32, tolerance=1e-5, train=False
+):
+    """Conformer blocks: a row has one output, alone or in a batch whose padding holds 1e3."""
+    torch.manual_seed(0)
+    stack = (
+        ruffled(module.ConformerStack(config, config.speech_layers + config.mm_layers))
+        .to(dtype)
+        .train(train)
+    )
+    x = torch.randn(4, 21, config.d_model, dtype=dtype)
+    _rows_equal_alone(stack, x, torch.tensor([21, 1, 8, 2]), tolerance)
+
+
+@torch.no_grad()
+def check_speech_ignores_padding(
+    module: ModuleType, config, dtype=torch.float32, tolerance=1e-5, train=False
+):
+    """Log-mel to the end of the multimodal stack, with 1e3 in the padding of the features and after the convolutions."""
+    torch.manual_seed(0)
+    encoder = ruffled(module.SlamEncoder(config)).to(dtype).train(train)
+    encoder.speech.feature_mean.fill_(0.5)
+
+    def run(features: Tensor, frame_lens: Tensor) -> Tensor:
+        conv, lens = encoder.speech.subsample(features, frame_lens)
+        conv = _junk_beyond(conv, lens, conv.shape[1])
+        context, states = encoder.speech.encode(conv, lens)
+        return torch.cat([context, states, encoder.multimodal(states, lens)], dim=2)
+
+    features = torch.randn(4, 61, N_MELS, dtype=dtype)
+    frame_lens = torch.tensor([61, 5, 34, 1])
+    together = run(_junk_beyond(features, frame_lens, 83), frame_lens)
+    for b, n in enumerate(frame_lens.tolist()):
+        alone = run(features[b : b + 1, :n], frame_lens[b : b + 1])
+        difference = apart(together[b, : alone.shape[1]], alone[0])
+        assert difference < tolerance, (
+            f"row {b} of {n} frames: {difference:.2e} away from itself alone"
+        )
+
+
+@torch.no_grad()
+def check_pairs_ignore_padding(
+    module: ModuleType, config, dtype=torch.float32, tolerance=1e-5, train=False
+):
+    """A joined pair has one output, however much padding its speech and its text came with, and whatever it holds."""
+    torch.manual_seed(0)
+    text_side = ruffled(module.TextEmbedder(config)).to(dtype).train(train)
+    stack = ruffled(module.ConformerStack(config, config.mm_layers)).to(dtype).train(train)
+    speech, tokens = torch.randn(3, 13, config.d_model, dtype=dtype), torch.randint(5, 40, (3, 9))
+    speech_lens, text_lens = torch.tensor([13, 2, 7]), torch.tensor([4, 9, 1])
+    wide = _junk_beyond(speech, speech_lens, 13 + 6)
+    more_tokens = torch.randint(5, 40, (3, 9 + 4))  # padding is any token at all
+    more_tokens[:, :9] = tokens.where(conformer.valid_mask(text_lens, 9), more_tokens[:, :9])
+    joined, lens = module.join(wide, speech_lens, text_side(more_tokens), text_lens)
+    together = stack(joined, lens)
+    for b, (t, u) in enumerate(zip(speech_lens.tolist(), text_lens.tolist())):
+        alone = torch.cat([speech[b : b + 1, :t], text_side(tokens[b : b + 1, :u])], dim=1)
+        assert int(lens[b]) == t + u
+        assert torch.equal(joined[b, : t + u], alone[0]), (
+            "the text starts right after the last valid speech frame"
+        )
+        difference = apart(together[b, : t + u], stack(alone, torch.tensor([t + u]))[0])
+        assert difference < tolerance, (
+            f"pair {b} of {t}+{u}: {difference:.2e} away from itself alone"
+        )
+
+
+@torch.no_grad()
+def check_subsampled_padding_is_zero(module: ModuleType, config) -> None:
+    """After the convolutions padding is exactly 0 and the last valid frame is what it is alone."""
+    torch.manual_seed(0)
+    subsampling = ruffled(module.ConvSubsampling(config))
+    lens = torch.arange(1, 65)
+    features = torch.randn(64, 64, N_MELS)
+    out, out_lens = subsampling(_junk_beyond(features, lens, 64), lens)
+    assert out.shape[1] == 16 and torch.equal(out_lens, module.subsampled_lens(lens))
+    for b, n in enumerate(out_lens.tolist()):
+        alone, _ = subsampling(features[b : b + 1, : b + 1], lens[b : b + 1])
+        assert alone.shape[1] == n, f"{b + 1} frames become {alone.shape[1]}, not {n}"
+        assert bool((out[b, n:] == 0).all()), f"{b + 1} frames: padding is not 0"
+        assert apart(out[b, :n], alone[0]) < 1e-5, f"{b + 1} frames differ from themselves alone"
+
+
+# ------------------------------------------------------------------------------- quantizer
+
+
+def check_vectors_are_codebook_rows(module: ModuleType, n_codebooks: int = 1) -> None:
+    """Forward takes one entry a group exactly; backward reaches the logits' weights as if it were the softmax."""
+    torch.manual_seed(0)
+    quantizer = module.GumbelQuantizer(12, n_codebooks, 7, 6, (2.0, 0.9, 0.5))
+    features, weight = torch.randn(9, 12), torch.ones(9)
+    for training in (True, False):
+        q = quantizer.train(training)(features, weight)
+        rows = torch.stack(
+            [quantizer.codebook[g][q.drawn[:, g]] for g in range(n_codebooks)], dim=1
+        )
+        assert torch.equal(q.vectors, rows.flatten(1)), "a vector is not a codebook row"
+        if not training:
+            assert torch.equal(q.drawn, q.ids)
+    q = quantizer.train()(features, weight)
+    q.vectors.square().sum().backward()
+    for name in ("logits.weight", "logits.bias", "codebook", "norm.weight"):
+        gradient = quantizer.get_parameter(name).grad
+        assert gradient is not None and float(gradient.abs().max()) > 0, (
+            f"no gradient reaches {name}"
+        )
+
+
+def check_temperature_counts_optimiser_steps(module: ModuleType) -> None:
+    """After n optimiser steps of 4 micro-batches and an evaluation each: max(start x factor^n, floor); a checkpoint keeps it."""
+    start, factor, floor = 2.0, 0.9, 0.5
+    quantizer = module.GumbelQuantizer(12, 1, 7, 6, (start, factor, floor))
+    for n in range(20):
+        expected = max(start * factor**n, floor)
+        assert abs(float(quantizer.temperature) - expected) < 1e-12, (
+            n,
+            float(quantizer.temperature),
+        )
+        for training in (True, True, True, True, False):
+            quantizer.train(training)(torch.randn(3, 12), torch.ones(3))
+        quantizer.step += 1
+        resumed = module.GumbelQuantizer(12, 1, 7, 6, (start, factor, floor))
+        resumed.load_state_dict(quantizer.state_dict())
+        assert float(resumed.temperature) == float(quantizer.temperature)
+
+
+def check_ids_are_free_of_noise(module: ModuleType) -> None:
+    """The ids to predict are the same under any seed in training, equal name()'s, and carry no gradient."""
+    torch.manual_seed(0)
+    quantizer = module.GumbelQuantizer(12, 2, 7, 6, (2.0, 0.9, 0.5)).train()
+    features, drawn = torch.randn(50, 12, requires_grad=True), []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        q = quantizer(features, torch.ones(50))
+        assert torch.equal(q.ids, quantizer.name(features)), "noise chose the ids"
+        assert not q.ids.requires_grad and q.ids.dtype == torch.int64
+        drawn.append(q.drawn)
+    assert not torch.equal(drawn[0], drawn[1]), "the drawn entries should differ between seeds"
+
+
+# ------------------------------------------------------------------------------- losses
+
+
+def check_negatives(module: ModuleType, n_negatives: int = 200) -> None:
+    """Mapped back to (row, frame), distractors are other masked frames of the same row; rows without any say so."""
+    torch.manual_seed(0)
+    B, T = 5, 12
+    masked = torch.zeros(B, T, dtype=torch.bool)
+    for b, frames in enumerate(([1, 2, 5, 6, 11], [4], [0, 3, 7], [], [2, 3, 8, 9, 10, 11])):
+        masked[b, frames] = True
+    index, weight = flat_index(masked, 4)
+    negatives, usable = module.sample_negatives(index // T, weight, n_negatives, B)
+    assert negatives.shape == (len(index), n_negatives) and negatives.dtype == torch.int64
+    assert usable.tolist() == [True] * 5 + [False] + [True] * 9 + [False] * 4
+    for m in usable.nonzero()[:, 0].tolist():
+        row, frame = index[m] // T, index[m] % T
+        drawn = negatives[m]
+        assert bool((weight[drawn] == 1).all()), "filler was drawn"
+        rows, frames = index[drawn] // T, index[drawn] % T
+        assert bool((rows == row).all()), (
+            f"row {int(row)} has distractors of rows {rows.unique().tolist()}"
+        )
+        assert bool(masked[rows, frames].all()), "a distractor is not a masked frame"
+        assert bool((frames != frame).all()), "the positive was drawn as a distractor"
+        others = set(masked[row].nonzero()[:, 0].tolist()) - {int(frame)}
+        assert set(frames.tolist()) == others, "not every other masked frame is ever drawn"
+
+
+def check_equal_codes_are_struck_out(module: ModuleType) -> None:
+    """A distractor with the positive's codes cannot count: a row of equal codes has count 0 and loss 0."""
+    torch.manual_seed(0)
+    context, target = torch.randn(4, 6), torch.randn(1, 6).expand(4, 6)
+    negatives, usable = (
+        torch.tensor([[1, 2], [2, 3], [3, 0], [0, 1]]),
+        torch.ones(4, dtype=torch.bool),
+    )
+    collapsed = module.contrastive(
+        context, target, negatives, usable, torch.zeros(4, 1, dtype=torch.int64)
+    )
+    assert float(collapsed.count) == 0 and float(collapsed.sum) == 0
+    assert float(collapsed.correct) == 0 and float(collapsed.chance) == 0
+    # Frame 1 repeats frame 0's code: frame 0 keeps distractor 2 alone.
+    target = torch.randn(4, 6)
+    target[1] = target[0]
+    kept = module.contrastive(
+        context, target, negatives, usable, torch.tensor([[0], [0], [1], [2]])
+    )
+    cosine = torch.nn.functional.cosine_similarity(context[0], target[[0, 2]]) / 0.1
+    only = module.contrastive(context, target, negatives, torch.tensor([True, False, False, False]),
+                              torch.tensor([[0], [0], [1], [2]]))  # fmt: skip
+    assert abs(float(only.sum) - float(cosine.logsumexp(0) - cosine[0])) < 1e-5
+    assert abs(float(kept.chance) - (1 / 2 + 3 * 1 / 3)) < 1e-6
+
+
+@torch.no_grad()
+def check_diversity_grows_with_the_frames(losses: ModuleType, quantizer: ModuleType) -> None:
+    """The same frames twice: the same perplexity, twice the sum, as for the losses that it is added to."""
+    torch.manual_seed(0)
+    module = quantizer.GumbelQuantizer(12, 2, 7, 6, (2.0, 0.9, 0.5))
+    features, weight, sums = torch.randn(10, 12), torch.ones(10), []
+    for times in (1, 2):
+        q = module(features.repeat(times, 1), weight.repeat(times))
+        sums.append(
+            losses.diversity(q.soft_perplexity, q.hard_counts.numel(), weight.repeat(times))
+        )
+    assert float(sums[0].sum) > 0
+    assert abs(float(sums[1].sum) - 2 * float(sums[0].sum)) < 1e-4
+    assert float(sums[1].count) == 2 * float(sums[0].count) == 20
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+def check_codes_name_unmasked_speech(module: ModuleType) -> None:
+    """Whatever is masked, a frame's id is that of the unmasked features, for w2v-BERT and for TLM's speech side."""
+    torch.manual_seed(0)
+    model = module.SlamPretraining(micro_config(), module.Objectives())
+    speech = speech_batch()
+    conv, _ = model.encoder.speech.subsample(speech.features, speech.feature_lens)
+    names = model.quantizer.name(conv.flatten(0, 1))
+    assert len(names.unique()) > 2
+    for start, share in ((0, 0.3), (3, 0.4), (5, 0.6)):
+        masked = _span_masks(
+            conformer.subsampled_lens(speech.feature_lens), speech.masked.shape[1], start, share
+        )
+        index, weight = flat_index(masked, 2)
+        other = data.SpeechBatch(speech.features, speech.feature_lens, masked, index, weight)
+        seen = []
+        handle = model.quantizer.register_forward_hook(
+            lambda _, inputs, output: seen.append(output.ids)
+        )
+        model.speech_losses(other)
+        handle.remove()
+        assert torch.equal(seen[0], names[index]), f"a mask from {start} changes the ids"
+
+
+# ------------------------------------------------------------------------------- training
+
+
+class _Toy(nn.Module):
+    """Least squares in float64, as a model that training.train can drive."""
+
+    objectives = ["squares"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+
+    def forward(self, batch: _ToyBatch) -> tuple[dict[str, Loss], dict[str, Tensor]]:
+        error = batch.x @ self.weight - batch.y
+        return {"squares": Loss(error.square().sum(), torch.tensor(float(len(error))))}, {}
+
+    def counts(self, batch: _ToyBatch) -> dict[str, float]:
+        return {"squares": float(len(batch.x))}
+
+    def step_done(self) -> None:
+        pass
+
+
+class _ToyBatch:
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def to(self, device: torch.device) -> _ToyBatch:
+        return self
+
+
+class _Stepped(Exception):
+    """The gradient that an optimiser would have stepped with; nothing after it is of interest."""
+
+
+class _StopAtStep:
+    """Stands for an optimiser."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.param_groups = model, [{}]
+
+    def step(self) -> None:
+        raise _Stepped(self.model.weight.grad.clone())
+
+
+def check_two_ranks_equal_one_process(training: ModuleType) -> None:
+    """Ranks with 5 and 2 positions: their averaged gradients are the gradient of the mean over all 7.
+
+    The ranks are played one after the other: each gets the other's counts from its all-reduce, and the average that
+    DistributedDataParallel would take is taken here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, y = (
+        torch.randn(7, 3, generator=generator).double(),
+        torch.randn(7, generator=generator).double(),
+    )
+    parts = [_ToyBatch(x[:5], y[:5]), _ToyBatch(x[5:], y[5:])]
+
+    class Played(training.Ranks):
+        def sum(self, values: Tensor) -> Tensor:
+            if self.world_size > 1 and values.numel() == 2:  # (count, stop flag)
+                values[0] += len(parts[1 - self.rank].x)
+            return values
+
+    def gradient(rank: int, world_size: int, batches: list[_ToyBatch]) -> Tensor:
+        model, args = _Toy(), argparse.Namespace(
+            micro_batches=max(world_size, len(batches)), max_steps=1, lr=1.0, warmup_steps=1, seed=0, dtype="fp64",
+            grad_clip=1e9, loss_weights={}, log_every=1, eval_every=0, save_every=2, max_bad_steps=1,
+        )  # fmt: skip
+        try:
+            training.train(model, iter(batches), args, Played(rank, rank, world_size, torch.device("cpu")), 0,
+                           optimizer=_StopAtStep(model), on_log=None, on_save=None)  # fmt: skip
+        except _Stepped as stepped:
+            return stepped.args[0]
+        raise AssertionError("the optimiser was never asked to step")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with mock.patch.object(training, "DistributedDataParallel", lambda model, **_: model):
+            ranks = torch.stack([gradient(rank, 2, [parts[rank]]) for rank in (0, 1)]).mean(0)
+        one = gradient(0, 1, parts)
+        whole = gradient(0, 1, [_ToyBatch(x, y)])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    expected = 2 / 7 * x.T @ (x @ _Toy().weight.detach() - y)
+    assert apart(whole, expected) < 1e-6  # the scale 1/7 is made in float32
+    assert apart(one, whole) < 1e-12, "accumulation differs from one batch"
+    assert apart(ranks, whole) < 1e-12, (
+        f"two ranks have {ranks.tolist()}, one process {whole.tolist()}"
+    )

@@ -1,0 +1,213 @@
+"""Do the checks find the faults they are for? Each is asked of a copy of a module with one fault written into it.
+
+A copy is the module's source with one textual replacement. The check must pass for the module as it is and raise
+AssertionError for the copy; were it deaf to the fault, its test elsewhere would show nothing.
+"""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import checks
+import pytest
+import torch
+from checks import micro_config
+
+import losses
+import quantizer
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One replacement in one module, and the check that must notice it."""
+
+    module: str
+    old: str
+    new: str
+    check: Callable[[types.ModuleType], None]
+
+
+def deep(check: Callable) -> Callable[[types.ModuleType], None]:
+    """The check on a narrow model in float64, where nothing hides behind rounding."""
+    return lambda module: check(module, micro_config(), torch.float64, 1e-10)
+
+
+FAULTS = {
+    # conformer: padding
+    "depthwise convolution sees padding": Fault(
+        "conformer",
+        "        x = x * valid[..., None].to(x.dtype)  # what the depthwise kernel sees",
+        "        # what the depthwise kernel sees",
+        deep(checks.check_stack_ignores_padding),
+    ),
+    "group norm averages over padding": Fault(
+        "conformer",
+        "keep = valid[:, :, None, None].to(wide.dtype)",
+        "keep = torch.ones_like(valid)[:, :, None, None].to(wide.dtype)",
+        deep(checks.check_stack_ignores_padding),
+    ),
+    "attention reads padding": Fault(
+        "conformer",
+        "keys = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]",
+        "keys = torch.ones_like(valid)[:, None, None, :]",
+        deep(checks.check_stack_ignores_padding),
+    ),
+    "convolution bias fills padding": Fault(
+        "conformer",
+        "            x = x * valid_mask(lens, x.shape[2])[:, None, :, None].to(x.dtype)\n",
+        "",
+        lambda module: checks.check_subsampled_padding_is_zero(module, micro_config()),
+    ),
+    "convolution bias leaks into speech": Fault(
+        "conformer",
+        "            x = x * valid_mask(lens, x.shape[2])[:, None, :, None].to(x.dtype)\n",
+        "",
+        deep(checks.check_speech_ignores_padding),
+    ),
+    "junk in padded features is convolved": Fault(
+        "conformer",
+        "x = features * valid_mask(lens, features.shape[1])[..., None].to(features.dtype)",
+        "x = features",
+        lambda module: checks.check_subsampled_padding_is_zero(module, micro_config()),
+    ),
+    "length rounds down": Fault(
+        "conformer",
+        "return (frames + SUBSAMPLING - 1) // SUBSAMPLING",
+        "return frames // SUBSAMPLING",
+        lambda module: checks.check_subsampled_padding_is_zero(module, micro_config()),
+    ),
+    "padding stays in the middle of a pair": Fault(
+        "conformer",
+        "    starts = speech_lens[:, None]\n",
+        "    starts = torch.full_like(speech_lens, T)[:, None]\n",
+        deep(checks.check_pairs_ignore_padding),
+    ),
+    # quantizer
+    "mixture instead of one entry": Fault(
+        "quantizer",
+        "one_hot = F.one_hot(drawn, V) + (soft - soft.detach())",
+        "one_hot = soft",
+        checks.check_vectors_are_codebook_rows,
+    ),
+    "no gradient through the draw": Fault(
+        "quantizer",
+        "one_hot = F.one_hot(drawn, V) + (soft - soft.detach())",
+        "one_hot = F.one_hot(drawn, V).to(soft.dtype)",
+        checks.check_vectors_are_codebook_rows,
+    ),
+    "temperature counts forward passes": Fault(
+        "quantizer",
+        "            if self.training:\n",
+        "            self.step += 1\n            if self.training:\n",
+        checks.check_temperature_counts_optimiser_steps,
+    ),
+    "temperature is lost by a checkpoint": Fault(
+        "quantizer",
+        'self.register_buffer("step", torch.zeros((), dtype=torch.int64))',
+        'self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)',
+        checks.check_temperature_counts_optimiser_steps,
+    ),
+    "temperature has no floor": Fault(
+        "quantizer",
+        ".clamp(min=floor)",
+        "",
+        checks.check_temperature_counts_optimiser_steps,
+    ),
+    "noise in the ids": Fault(
+        "quantizer",
+        "return Quantized(vectors, ids, drawn,",
+        "return Quantized(vectors, drawn, drawn,",
+        checks.check_ids_are_free_of_noise,
+    ),
+    # losses
+    "negatives' rows are offset by one frame less": Fault(
+        "losses",
+        "    start = size.cumsum(0) - size  # (B,)\n",
+        "    start = ((size - 1).cumsum(0) - (size - 1)).clamp(min=0)  # (B,)\n",
+        checks.check_negatives,
+    ),
+    "the positive is among its negatives": Fault(
+        "losses",
+        "step = 1 + (draw * others[:, None]).long()",
+        "step = (draw * (others[:, None] + 1)).long()",
+        checks.check_negatives,
+    ),
+    "negatives from the whole batch": Fault(
+        "losses",
+        "    size, start = size[row], start[row]  # (M,)\n",
+        "    size, start = real.sum().expand(M), torch.zeros_like(row)\n",
+        checks.check_negatives,
+    ),
+    "filler is drawn": Fault(
+        "losses",
+        "index_add_(0, row, real.long())",
+        "index_add_(0, row, torch.ones_like(row))",
+        checks.check_negatives,
+    ),
+    "equal codes stay in": Fault(
+        "losses",
+        "    if codes is not None:\n            struck",
+        "    if False:\n            struck",
+        checks.check_equal_codes_are_struck_out,
+    ),
+    "diversity is not scaled by the frames": Fault(
+        "losses",
+        "return Loss(count * (n_entries - soft_perplexity) / n_entries, count)",
+        "return Loss((n_entries - soft_perplexity) / n_entries, count)",
+        lambda module: checks.check_diversity_grows_with_the_frames(module, quantizer),
+    ),
+    "perplexity is not of the batch's mean": Fault(
+        "quantizer",
+        ".sum(0) / weight.sum().clamp(min=1)  # (G, V)",
+        ".sum(0)  # (G, V)",
+        lambda module: checks.check_diversity_grows_with_the_frames(losses, module),
+    ),
+    # training
+    "each rank divides by its own count": Fault(
+        "training",
+        "total = ranks.sum(torch.tensor([*own, float(bool(stop.received))], dtype=torch.float64)).tolist()",
+        "total = [*own, float(bool(stop.received))]",
+        checks.check_two_ranks_equal_one_process,
+    ),
+    "the average over ranks is not undone": Fault(
+        "training",
+        "weights.get(name, 1.0) * world_size / count.clamp(min=1)",
+        "weights.get(name, 1.0) / count.clamp(min=1)",
+        checks.check_two_ranks_equal_one_process,
+    ),
+    # pretrain
+    "masked features are quantized": Fault(
+        "pretrain",
+        "unmasked = conv.flatten(0, 1)[at]",
+        "unmasked = self.mask_fill(conv, speech.masked, lens).flatten(0, 1)[at]",
+        checks.check_codes_name_unmasked_speech,
+    ),
+}
+
+
+def broken_copy(fault: Fault) -> types.ModuleType:
+    """The module with the fault in it, under a name of its own. The replaced text must occur exactly once."""
+    path = Path(importlib.import_module(fault.module).__file__)
+    source = path.read_text(encoding="utf-8")
+    assert source.count(fault.old) == 1, (
+        f"{path.name} has {source.count(fault.old)} times: {fault.old!r}"
+    )
+    copy = types.ModuleType(f"broken_{fault.module}")
+    copy.__file__ = str(path)
+    sys.modules[copy.__name__] = copy  # dataclasses look their module up
+    try:
+        exec(compile(source.replace(fault.old, fault.new), copy.__name__, "exec"), copy.__dict__)
+    finally:
+        del sys.modules[copy.__name__]
+    return copy
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_check_passes_for_the_module_and_fails_for_the_broken_copy(name):
+    fault = FAULTS[name]
+    fault.check(importlib.import_module(fault.module))
+    with pytest.raises(AssertionError):
+        fault.check(broken_copy(fault))
