@@ -412,6 +412,10 @@ def fingerprint(args: argparse.Namespace, config: SlamConfig, objectives: Object
         "--seed": args.seed,
         "--batch-s, --batch-tokens, --batch-paired-s": [args.batch_s, args.batch_tokens, args.batch_paired_s],
         "--lr, --warmup-steps": [args.lr, args.warmup_steps],
+        "--weight-decay, --grad-clip": [args.weight_decay, args.grad_clip],
+        "--loss-weights": args.loss_weights,
+        "--dtype": args.dtype,
+        "--max-audio-s, --row-tokens": [args.max_audio_s, args.row_tokens],
         "the manifests": {name: [len(its.lengths), int(its.lengths.sum())] for name, its in rows.items()},
     }
 
@@ -577,6 +581,9 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
     for name in ("max_steps", "lr", "warmup_steps", "grad_clip", "batch_s", "batch_paired_s", "batch_tokens", "row_tokens"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(size, name))
+    for name in ("max_steps", "micro_batches", "log_every", "save_every", "keep_last", "max_bad_steps", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     modalities = tuple(args.modalities.split(","))
     both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
     align = args.align or ("tlm,stm" if both else "none")
@@ -611,13 +618,15 @@ def describe(model: SlamPretraining, plans: dict[str, data.BatchPlan], args: arg
 
 def find_start(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
     """(checkpoint to resume, checkpoint to initialise from, its path). A run found in --out-dir wins over both flags."""
-    if (args.out_dir / "ckpt" / "latest").exists():
-        return training.load_checkpoint(args.out_dir), None, training.find_checkpoint(args.out_dir)
-    if args.resume:
-        return training.load_checkpoint(args.resume), None, training.find_checkpoint(args.resume)
-    if args.init:
-        return None, training.load_checkpoint(args.init), training.find_checkpoint(args.init)
-    return None, None, None
+    resumed = args.out_dir if (args.out_dir / "ckpt" / "latest").exists() else args.resume
+    path = resumed or args.init
+    if path is None:
+        return None, None, None
+    path = training.find_checkpoint(path)
+    checkpoint = training.load_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not {"model", "config", "run", "args", "carried"} <= checkpoint.keys():
+        raise ValueError(f"{path}: is not a checkpoint of pretrain.py: it lacks model, config, run, args or carried")
+    return (checkpoint, None, path) if resumed else (None, checkpoint, path)
 
 
 def find_tokenizer(args: argparse.Namespace, objectives: Objectives, checkpoint: dict[str, Any] | None) -> data.Tokenizer | None:
@@ -669,6 +678,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         check_same_run(resumed["run"], now, path)
         model.load_state_dict(resumed["model"])
         start_step, carried = resumed["step"], resumed["carried"]
+        if start_step >= args.max_steps:
+            ranks.log(f"finished: {path} is at step {start_step} of {args.max_steps}; raise --max-steps to go on")
+            return
     elif initial:
         carried = initialise(model, initial, ranks)
     elif "speech" in objectives.modalities:

@@ -1,12 +1,14 @@
-"""Properties shared by the tests of the modules and by test_broken_copies.py, which shows that each can fail.
+"""Properties that the tests of the modules share with test_broken_copies.py, where each must fail.
 
-Every check_* takes the module it questions, so that it can be asked of a deliberately broken copy, and raises
-AssertionError when the property does not hold. Small models and batches made by hand stand beside them.
+Every check_* takes the module it questions, so that it can be asked of a deliberately broken copy,
+and raises AssertionError when the property does not hold. Small models and batches made by hand
+stand beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 from types import ModuleType
 from unittest import mock
@@ -46,7 +48,7 @@ def apart(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.square().mean().sqrt())
 
 
-# ------------------------------------------------------------------------------- batches by hand
+# -------------------------------------------------------------------------------- batches by hand
 
 
 def _span_masks(lens: Tensor, length: int, start: int, share: float) -> Tensor:
@@ -76,7 +78,7 @@ def speech_batch(
 
 
 def text_batch(lens: tuple[int, ...] = (12, 9), vocab_size: int = 40, first: int = N_SPECIAL):
-    """[CLS] and tokens that are different throughout a row; a masked run, all of it [MASK]; three fillers."""
+    """[CLS] and tokens that are all different; a masked run, all of it [MASK]; three fillers."""
     n, longest = torch.tensor(lens), max(lens)
     clean = torch.full((len(lens), longest), PAD_ID)
     for b, length in enumerate(lens):
@@ -90,7 +92,7 @@ def text_batch(lens: tuple[int, ...] = (12, 9), vocab_size: int = 40, first: int
 
 
 def pair_batch(frames: tuple[int, ...] = (60, 44), lens: tuple[int, ...] = (8, 6)):
-    """Two pairs; the negatives are the same texts in the other order, so their lengths differ too."""
+    """Two pairs; the negatives are the same texts in the other order, of other lengths."""
     text, clean = text_batch(lens)
     speech = speech_batch(frames, seed=1, start=2, share=0.6)
     order = torch.arange(len(lens)).flip(0)
@@ -102,7 +104,7 @@ def batch() -> data.Batch:
     return data.Batch(speech_batch(), text_batch()[0], pair_batch())
 
 
-# ------------------------------------------------------------------------------- padding
+# ---------------------------------------------------------------------------------------- padding
 
 
 def _junk_beyond(x: Tensor, lens: Tensor, length: int, junk: float = 1e3) -> Tensor:
@@ -141,7 +143,7 @@ def check_stack_ignores_padding(
 def check_speech_ignores_padding(
     module: ModuleType, config, dtype=torch.float32, tolerance=1e-5, train=False
 ):
-    """Log-mel to the end of the multimodal stack, with 1e3 in the padding of the features and after the convolutions."""
+    """Log-mel to the top of the stack, with 1e3 in the padding before and after convolving."""
     torch.manual_seed(0)
     encoder = ruffled(module.SlamEncoder(config)).to(dtype).train(train)
     encoder.speech.feature_mean.fill_(0.5)
@@ -167,7 +169,7 @@ def check_speech_ignores_padding(
 def check_pairs_ignore_padding(
     module: ModuleType, config, dtype=torch.float32, tolerance=1e-5, train=False
 ):
-    """A joined pair has one output, however much padding its speech and its text came with, and whatever it holds."""
+    """A joined pair has one output, whatever padding its speech and its text came with."""
     torch.manual_seed(0)
     text_side = ruffled(module.TextEmbedder(config)).to(dtype).train(train)
     stack = ruffled(module.ConformerStack(config, config.mm_layers)).to(dtype).train(train)
@@ -178,7 +180,7 @@ def check_pairs_ignore_padding(
     more_tokens[:, :9] = tokens.where(conformer.valid_mask(text_lens, 9), more_tokens[:, :9])
     joined, lens = module.join(wide, speech_lens, text_side(more_tokens), text_lens)
     together = stack(joined, lens)
-    for b, (t, u) in enumerate(zip(speech_lens.tolist(), text_lens.tolist())):
+    for b, (t, u) in enumerate(zip(speech_lens.tolist(), text_lens.tolist(), strict=True)):
         alone = torch.cat([speech[b : b + 1, :t], text_side(tokens[b : b + 1, :u])], dim=1)
         assert int(lens[b]) == t + u
         assert torch.equal(joined[b, : t + u], alone[0]), (
@@ -206,11 +208,11 @@ def check_subsampled_padding_is_zero(module: ModuleType, config) -> None:
         assert apart(out[b, :n], alone[0]) < 1e-5, f"{b + 1} frames differ from themselves alone"
 
 
-# ------------------------------------------------------------------------------- quantizer
+# -------------------------------------------------------------------------------------- quantizer
 
 
 def check_vectors_are_codebook_rows(module: ModuleType, n_codebooks: int = 1) -> None:
-    """Forward takes one entry a group exactly; backward reaches the logits' weights as if it were the softmax."""
+    """Forward takes exactly one entry a group; backward reaches the logits' weights."""
     torch.manual_seed(0)
     quantizer = module.GumbelQuantizer(12, n_codebooks, 7, 6, (2.0, 0.9, 0.5))
     features, weight = torch.randn(9, 12), torch.ones(9)
@@ -232,7 +234,10 @@ def check_vectors_are_codebook_rows(module: ModuleType, n_codebooks: int = 1) ->
 
 
 def check_temperature_counts_optimiser_steps(module: ModuleType) -> None:
-    """After n optimiser steps of 4 micro-batches and an evaluation each: max(start x factor^n, floor); a checkpoint keeps it."""
+    """After n optimiser steps of 5 forward passes each: max(start x factor^n, floor).
+
+    A checkpoint keeps it.
+    """
     start, factor, floor = 2.0, 0.9, 0.5
     quantizer = module.GumbelQuantizer(12, 1, 7, 6, (start, factor, floor))
     for n in range(20):
@@ -250,7 +255,7 @@ def check_temperature_counts_optimiser_steps(module: ModuleType) -> None:
 
 
 def check_ids_are_free_of_noise(module: ModuleType) -> None:
-    """The ids to predict are the same under any seed in training, equal name()'s, and carry no gradient."""
+    """The ids to predict are the same under any seed, equal name()'s, and carry no gradient."""
     torch.manual_seed(0)
     quantizer = module.GumbelQuantizer(12, 2, 7, 6, (2.0, 0.9, 0.5)).train()
     features, drawn = torch.randn(50, 12, requires_grad=True), []
@@ -263,11 +268,14 @@ def check_ids_are_free_of_noise(module: ModuleType) -> None:
     assert not torch.equal(drawn[0], drawn[1]), "the drawn entries should differ between seeds"
 
 
-# ------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------- losses
 
 
 def check_negatives(module: ModuleType, n_negatives: int = 200) -> None:
-    """Mapped back to (row, frame), distractors are other masked frames of the same row; rows without any say so."""
+    """Mapped back to (row, frame), distractors are other masked frames of the same row.
+
+    Rows that have no other say so.
+    """
     torch.manual_seed(0)
     B, T = 5, 12
     masked = torch.zeros(B, T, dtype=torch.bool)
@@ -292,7 +300,7 @@ def check_negatives(module: ModuleType, n_negatives: int = 200) -> None:
 
 
 def check_equal_codes_are_struck_out(module: ModuleType) -> None:
-    """A distractor with the positive's codes cannot count: a row of equal codes has count 0 and loss 0."""
+    """A distractor with the positive's codes cannot count: equal codes have count 0 and loss 0."""
     torch.manual_seed(0)
     context, target = torch.randn(4, 6), torch.randn(1, 6).expand(4, 6)
     negatives, usable = (
@@ -319,7 +327,7 @@ def check_equal_codes_are_struck_out(module: ModuleType) -> None:
 
 @torch.no_grad()
 def check_diversity_grows_with_the_frames(losses: ModuleType, quantizer: ModuleType) -> None:
-    """The same frames twice: the same perplexity, twice the sum, as for the losses that it is added to."""
+    """The same frames twice: twice the sum, as for the losses that it is added to."""
     torch.manual_seed(0)
     module = quantizer.GumbelQuantizer(12, 2, 7, 6, (2.0, 0.9, 0.5))
     features, weight, sums = torch.randn(10, 12), torch.ones(10), []
@@ -333,33 +341,34 @@ def check_diversity_grows_with_the_frames(losses: ModuleType, quantizer: ModuleT
     assert float(sums[1].count) == 2 * float(sums[0].count) == 20
 
 
-# ------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------------- the model
 
 
 def check_codes_name_unmasked_speech(module: ModuleType) -> None:
-    """Whatever is masked, a frame's id is that of the unmasked features, for w2v-BERT and for TLM's speech side."""
+    """Whatever is masked, a frame's id is that of the unmasked features, in w2v-BERT and TLM."""
     torch.manual_seed(0)
     model = module.SlamPretraining(micro_config(), module.Objectives())
-    speech = speech_batch()
-    conv, _ = model.encoder.speech.subsample(speech.features, speech.feature_lens)
-    names = model.quantizer.name(conv.flatten(0, 1))
-    assert len(names.unique()) > 2
+    seen, name = [], model.quantizer.name
+    model.quantizer.register_forward_hook(lambda _, inputs, output: seen.append(output.ids))
+    model.quantizer.name = lambda features: seen.append(name(features)) or seen[-1]
     for start, share in ((0, 0.3), (3, 0.4), (5, 0.6)):
-        masked = _span_masks(
-            conformer.subsampled_lens(speech.feature_lens), speech.masked.shape[1], start, share
-        )
+        batch = pair_batch()
+        speech = batch.speech
+        conv, lens = model.encoder.speech.subsample(speech.features, speech.feature_lens)
+        names = name(conv.flatten(0, 1))
+        assert len(names.unique()) > 2
+        masked = _span_masks(lens, speech.masked.shape[1], start, share)
         index, weight = flat_index(masked, 2)
-        other = data.SpeechBatch(speech.features, speech.feature_lens, masked, index, weight)
-        seen = []
-        handle = model.quantizer.register_forward_hook(
-            lambda _, inputs, output: seen.append(output.ids)
-        )
-        model.speech_losses(other)
-        handle.remove()
-        assert torch.equal(seen[0], names[index]), f"a mask from {start} changes the ids"
+        speech = data.SpeechBatch(speech.features, speech.feature_lens, masked, index, weight)
+        seen.clear()
+        model.speech_losses(speech)
+        model.pair_losses(dataclasses.replace(batch, speech=speech))
+        assert len(seen) == 2, "ids are asked for once by w2v-BERT and once by TLM"
+        for ids in seen:
+            assert torch.equal(ids, names[index]), f"a mask from {start} changes the ids"
 
 
-# ------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training
 
 
 class _Toy(nn.Module):
@@ -405,10 +414,10 @@ class _StopAtStep:
 
 
 def check_two_ranks_equal_one_process(training: ModuleType) -> None:
-    """Ranks with 5 and 2 positions: their averaged gradients are the gradient of the mean over all 7.
+    """Ranks with 5 and 2 positions: their averaged gradients are that of the mean over all 7.
 
-    The ranks are played one after the other: each gets the other's counts from its all-reduce, and the average that
-    DistributedDataParallel would take is taken here.
+    The ranks are played one after the other: each gets the other's counts from its all-reduce, and
+    the average that DistributedDataParallel would take is taken here.
     """
     generator = torch.Generator().manual_seed(0)
     x, y = (
@@ -424,13 +433,18 @@ def check_two_ranks_equal_one_process(training: ModuleType) -> None:
             return values
 
     def gradient(rank: int, world_size: int, batches: list[_ToyBatch]) -> Tensor:
-        model, args = _Toy(), argparse.Namespace(
-            micro_batches=max(world_size, len(batches)), max_steps=1, lr=1.0, warmup_steps=1, seed=0, dtype="fp64",
-            grad_clip=1e9, loss_weights={}, log_every=1, eval_every=0, save_every=2, max_bad_steps=1,
+        model = _Toy()
+        args = argparse.Namespace(
+            micro_batches=max(world_size, len(batches)), max_steps=1, lr=1.0, warmup_steps=1,
+            seed=0, dtype="fp64", grad_clip=1e9, loss_weights={}, log_every=1, eval_every=0, save_every=2,
+            max_bad_steps=1,
         )  # fmt: skip
         try:
-            training.train(model, iter(batches), args, Played(rank, rank, world_size, torch.device("cpu")), 0,
-                           optimizer=_StopAtStep(model), on_log=None, on_save=None)  # fmt: skip
+            ranks = Played(rank, rank, world_size, torch.device("cpu"))
+            optimizer = _StopAtStep(model)
+            training.train(
+                model, iter(batches), args, ranks, 0, optimizer=optimizer, on_log=None, on_save=None
+            )
         except _Stepped as stepped:
             return stepped.args[0]
         raise AssertionError("the optimiser was never asked to step")

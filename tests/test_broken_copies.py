@@ -1,7 +1,8 @@
-"""Do the checks find the faults they are for? Each is asked of a copy of a module with one fault written into it.
+"""Do the checks find their faults? Each is asked of a copy of a module with one fault in it.
 
-A copy is the module's source with one textual replacement. The check must pass for the module as it is and raise
-AssertionError for the copy; were it deaf to the fault, its test elsewhere would show nothing.
+A copy is the module's source with one textual replacement. The check must pass for the module as it
+is and raise AssertionError for the copy; were it deaf to the fault, its test elsewhere would show
+nothing.
 """
 
 import importlib
@@ -168,7 +169,8 @@ FAULTS = {
     # training
     "each rank divides by its own count": Fault(
         "training",
-        "total = ranks.sum(torch.tensor([*own, float(bool(stop.received))], dtype=torch.float64)).tolist()",
+        "total = ranks.sum(torch.tensor([*own, float(bool(stop.received))], dtype=torch.float64))"
+        ".tolist()",
         "total = [*own, float(bool(stop.received))]",
         checks.check_two_ranks_equal_one_process,
     ),
@@ -179,6 +181,12 @@ FAULTS = {
         checks.check_two_ranks_equal_one_process,
     ),
     # pretrain
+    "TLM names masked features": Fault(
+        "pretrain",
+        "ids = self.quantizer.name(conv.flatten(0, 1)[speech.masked_index])",
+        "ids = self.quantizer.name(0 * conv.flatten(0, 1)[speech.masked_index])",
+        checks.check_codes_name_unmasked_speech,
+    ),
     "masked features are quantized": Fault(
         "pretrain",
         "unmasked = conv.flatten(0, 1)[at]",
@@ -189,7 +197,7 @@ FAULTS = {
 
 
 def broken_copy(fault: Fault) -> types.ModuleType:
-    """The module with the fault in it, under a name of its own. The replaced text must occur exactly once."""
+    """The module with the fault in it. The replaced text must occur exactly once."""
     path = Path(importlib.import_module(fault.module).__file__)
     source = path.read_text(encoding="utf-8")
     assert source.count(fault.old) == 1, (

@@ -1,4 +1,4 @@
-"""Properties of conformer.py: exact lengths, Kaldi's log-mel, padding that never matters, features out of a checkpoint."""
+"""Properties of conformer.py: lengths, log-mel, padding that never matters, extraction."""
 
 import dataclasses
 
@@ -26,7 +26,13 @@ from conformer import (
 )
 from pretrain import Objectives, SlamPretraining
 
-# ------------------------------------------------------------------------------- constants and lengths
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# -------------------------------------------------------------------------- constants and lengths
 
 
 def test_exact_div_refuses_to_round():
@@ -81,11 +87,11 @@ def test_subsampled_padding_is_exactly_zero():
     checks.check_subsampled_padding_is_zero(conformer, micro_config())
 
 
-# ------------------------------------------------------------------------------- log-mel
+# ---------------------------------------------------------------------------------------- log-mel
 
 
 def kaldi_fbank(wave: np.ndarray) -> np.ndarray:
-    """Kaldi's compute-fbank-feats with 80 bins and dither 0, in float64, a frame and a filter at a time."""
+    """Kaldi's compute-fbank-feats, 80 bins, dither 0, float64, a frame and a filter at a time."""
     wave = np.asarray(wave, np.float64) * 32768
     window = np.array([(0.5 - 0.5 * np.cos(2 * np.pi * i / 399)) ** 0.85 for i in range(400)])
 
@@ -136,7 +142,7 @@ def test_log_mel_of_silence_is_the_floor_and_of_a_tone_peaks_at_the_tone():
 def test_log_mel_of_a_batch_equals_singles():
     waves = 0.1 * torch.randn(3, 1234)
     together = log_mel(waves)
-    for wave, features in zip(waves, together):
+    for wave, features in zip(waves, together, strict=True):
         assert torch.allclose(log_mel(wave), features, atol=1e-5)
 
 
@@ -145,7 +151,7 @@ def test_log_mel_refuses_less_than_a_window():
         log_mel(torch.zeros(399))
 
 
-# ------------------------------------------------------------------------------- padding
+# ---------------------------------------------------------------------------------------- padding
 
 PRECISIONS = {
     "tiny": (SIZES["tiny"], torch.float32, 1e-5),
@@ -269,7 +275,7 @@ def test_masked_group_norm_of_bf16_is_computed_in_float32():
 
 
 def test_the_second_half_of_the_pointwise_projection_is_the_gate():
-    """As torch's GLU has it, and Lingvo has not: a closed second half silences the module, a closed first half too."""
+    """As torch's GLU has it; Lingvo gates with the first half."""
     torch.manual_seed(0)
     config = micro_config()
     module, x = conformer.ConvModule(config).eval(), torch.randn(2, 9, 32)
@@ -320,7 +326,7 @@ def test_block_is_half_step_attention_convolution_half_step_norm():
     assert apart(block(x, valid), y) < 1e-5
 
 
-def test_sinusoids_hold_sines_then_cosines_from_one_radian_a_token_to_ten_thousand_tokens_a_radian():
+def test_sinusoids_hold_sines_then_cosines_of_geometric_rates():
     table = conformer.sinusoids(50, 8)
     rates = 10_000.0 ** (-torch.arange(4) / 3)
     for u in (0, 1, 49):
@@ -362,7 +368,7 @@ def test_conv_grad_scale_scales_the_gradient_and_nothing_else():
     assert torch.allclose(gradients[1], 0.1 * gradients[0], rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------------------ sizes
 
 
 def millions(*modules) -> float:
@@ -425,7 +431,7 @@ def test_every_parameter_gets_a_gradient():
     assert without == []
 
 
-# ------------------------------------------------------------------------------- features out of a checkpoint
+# ------------------------------------------------------------------- features out of a checkpoint
 
 SENTENCES = ["the old cat sees a ship", "two dogs find the house", "a ship likes the red dog"] * 10
 
@@ -439,8 +445,8 @@ def write_checkpoint(path, modalities=("speech", "text"), tokenizer=None, **chan
     )
     stored = torch.tensor(list(tokenizer.model_bytes), dtype=torch.uint8) if tokenizer else None
     contents = {
-        "model": model.state_dict(), "config": dataclasses.asdict(config), "modalities": list(modalities),
-        "tokenizer": stored, "step": 3,
+        "model": model.state_dict(), "config": dataclasses.asdict(config),
+        "modalities": list(modalities), "tokenizer": stored, "step": 3,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({**contents, **changes}, path)

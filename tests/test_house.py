@@ -1,4 +1,4 @@
-"""Rules of the house, read from the source: who imports whom, what importing does, what every name must say."""
+"""Rules of the house, read from the source: imports, what importing does, what must be said."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Properties of losses.py, each against a slow reference; and what each loss may and may not reach in the model."""
+"""Properties of losses.py, against slow references; and what each loss may reach in the model."""
 
 import dataclasses
 import itertools
@@ -29,11 +29,16 @@ from pretrain import Objectives, SlamPretraining
 from quantizer import GumbelQuantizer
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def close(tensor: torch.Tensor, expected: float, tolerance: float = 1e-5) -> bool:
     return math.isclose(float(tensor.detach()), expected, rel_tol=tolerance, abs_tol=tolerance)
 
 
-# ------------------------------------------------------------------------------- negatives
+# -------------------------------------------------------------------------------------- negatives
 
 
 def test_negatives_are_other_masked_frames_of_the_same_row():
@@ -41,7 +46,7 @@ def test_negatives_are_other_masked_frames_of_the_same_row():
 
 
 def test_negatives_are_uniform_over_the_others():
-    """Chi-square with 4 degrees of freedom; 23.5 has a probability of 1 in 10,000 for each of the 6 positives."""
+    """Chi-square with 4 degrees of freedom: 23.5 has a probability of 1 in 10,000."""
     torch.manual_seed(1)
     row, weight = torch.tensor([0] * 3 + [1] * 6 + [2] * 2), torch.ones(11)
     negatives, _ = sample_negatives(row, weight, 20_000, 3)
@@ -65,7 +70,7 @@ def test_rows_of_one_or_no_masked_frame_are_unusable_and_cost_nothing():
     assert not empty[1].any()
 
 
-# ------------------------------------------------------------------------------- contrastive
+# ------------------------------------------------------------------------------------ contrastive
 
 
 def slow_contrastive(context, target, negatives, usable, codes):
@@ -100,7 +105,9 @@ def test_contrastive_equals_a_slow_loop(G):
     codes = None if G is None else torch.randint(0, 3, (25, G))
     negatives, usable = sample_negatives(row, weight, 6, 3)
     loss = contrastive(context, target, negatives, usable, codes)
-    for value, expected in zip(loss, slow_contrastive(context, target, negatives, usable, codes)):
+    for value, expected in zip(
+        loss, slow_contrastive(context, target, negatives, usable, codes), strict=True
+    ):
         assert close(value, expected, 1e-9)
     assert (
         0 < float(loss.correct) < float(loss.count) == 21 if G is None else float(loss.count) <= 21
@@ -159,7 +166,7 @@ def test_contrastive_does_not_care_for_length_only_for_direction():
     assert close(a.sum, float(b.sum), 1e-4)
 
 
-# ------------------------------------------------------------------------------- diversity, codes, tokens
+# ----------------------------------------------------------------------- diversity, codes, tokens
 
 
 def test_diversity_is_zero_at_equality_and_near_one_at_collapse():
@@ -197,7 +204,7 @@ def test_the_same_frames_twice_double_the_cross_entropies():
         logits.flatten(1).repeat(2, 1), tokens.repeat(2), torch.ones(12), unigram
     )
     for one, two in ((once, twice), (codes_once, codes_twice), (text_once, text_twice)):
-        for value, doubled in zip(one, two):
+        for value, doubled in zip(one, two, strict=True):
             assert close(doubled, 2 * float(value))
 
 
@@ -216,7 +223,7 @@ def test_code_prediction_equals_a_slow_loop():
         counts = [ids[:8, g].tolist().count(v) for v in range(7)]
         chance += max(counts) / 2
         entropy += 8 * -sum(n / 8 * math.log(n / 8) for n in counts if n)
-    for value, reference in zip(loss, (expected, 8, correct, chance, entropy)):
+    for value, reference in zip(loss, (expected, 8, correct, chance, entropy), strict=True):
         assert close(value, reference, 1e-9)
 
 
@@ -233,7 +240,7 @@ def test_token_prediction_equals_a_slow_loop():
     expected = sum(float(F.cross_entropy(logits[m], targets[m])) for m in range(7))
     correct = sum(int(logits[m].argmax() == targets[m]) for m in range(7))
     blind = -sum(float(unigram[t]) for t in targets[:7])
-    for value, reference in zip(loss, (expected, 7, correct, 3, blind)):
+    for value, reference in zip(loss, (expected, 7, correct, 3, blind), strict=True):
         assert close(value, reference, 1e-6)
 
 
@@ -251,20 +258,20 @@ def test_filler_changes_no_sum_and_gets_no_gradient():
             token_prediction(other[:, 0], other_ids[:, 0], weight, unigram),
         ),
     ):
-        for value, changed in zip(one, two):
+        for value, changed in zip(one, two, strict=True):
             assert close(changed, float(value))
         (gradient,) = torch.autograd.grad(two.sum, other)
         assert float(gradient[5:].abs().max()) == 0 and float(gradient[:5].abs().min()) > 0
 
 
-# ------------------------------------------------------------------------------- pairs
+# ------------------------------------------------------------------------------------------ pairs
 
 
 def test_matching_is_binary_cross_entropy_and_a_logit_of_zero_is_wrong():
     logit, label = torch.tensor([2.0, -1.0, 0.0, 0.5, -3.0, 0.0]), torch.tensor([1, 1, 1, 0, 0, 0])
     loss = speech_text_matching(logit, label)
     p = [1 / (1 + math.exp(-x)) for x in logit.tolist()]
-    expected = -sum(math.log(q if y else 1 - q) for q, y in zip(p, label.tolist()))
+    expected = -sum(math.log(q if y else 1 - q) for q, y in zip(p, label.tolist(), strict=True))
     assert close(loss.sum, expected) and float(loss.count) == 6 and float(loss.correct) == 2
     assert close(loss.chance, 3) and close(loss.chance_sum, 6 * math.log(2))
 
@@ -306,11 +313,11 @@ def test_ctc_of_a_padded_batch_is_the_sum_of_its_rows_and_rows_that_do_not_fit_a
     targets = torch.randint(1, 6, (4, 4))
     targets[1, :3] = torch.tensor([1, 2, 3])
     loss = ctc(logits, lens, targets, target_lens)
-    rows = [
-        F.ctc_loss(logits[b : b + 1, : lens[b]].log_softmax(-1).transpose(0, 1), targets[b : b + 1, : target_lens[b]],
-                   lens[b : b + 1], target_lens[b : b + 1], reduction="sum")
-        for b in (0, 1)
-    ]  # fmt: skip
+    rows = []
+    for b in (0, 1):
+        T, U = lens[b], target_lens[b]
+        log_probs = logits[b, :T].log_softmax(-1)  # (T, V): torch takes a row without a batch
+        rows.append(F.ctc_loss(log_probs, targets[b, :U], T, U, reduction="sum"))
     assert close(loss.sum, float(sum(rows).detach()), 1e-5) and float(loss.count) == 7
     loss.sum.backward()
     assert torch.isfinite(logits.grad).all()
@@ -329,7 +336,7 @@ def test_ctc_needs_a_frame_a_token_and_one_more_between_equal_neighbours():
     assert not ctc_fits(torch.tensor([9]), torch.tensor([[1, 2]]), torch.tensor([0])).any()
 
 
-# ------------------------------------------------------------------------------- precision, zero counts
+# ------------------------------------------------------------------------- precision, zero counts
 
 
 def every_loss(x: dict[str, torch.Tensor]) -> dict[str, losses.Loss]:
@@ -351,12 +358,14 @@ def random_inputs(seed: int, scale: float) -> dict[str, torch.Tensor]:
     row, weight = torch.tensor([0] * 9 + [1] * 7 + [0] * 2), torch.tensor([1.0] * 16 + [0.0] * 2)
     negatives, usable = sample_negatives(row, weight, 8, 2)
     return {
-        "context": scale * torch.randn(18, 24), "target": scale * torch.randn(18, 24), "negatives": negatives,
-        "usable": usable, "ids": torch.randint(0, 9, (18, 1)), "weight": weight,
+        "context": scale * torch.randn(18, 24), "target": scale * torch.randn(18, 24),
+        "negatives": negatives, "usable": usable, "weight": weight,
+        "ids": torch.randint(0, 9, (18, 1)),
         "code_logits": scale * torch.randn(18, 1, 9), "token_logits": scale * torch.randn(18, 20),
         "tokens": torch.randint(0, 20, (18,)), "unigram": torch.randn(20).log_softmax(0),
-        "match": scale * torch.randn(8), "label": torch.randint(0, 2, (8,)), "ctc_logits": scale * torch.randn(2, 12, 7),
-        "lens": torch.tensor([12, 9]), "targets": torch.randint(1, 7, (2, 4)), "target_lens": torch.tensor([4, 3]),
+        "match": scale * torch.randn(8), "label": torch.randint(0, 2, (8,)),
+        "ctc_logits": scale * torch.randn(2, 12, 7), "lens": torch.tensor([12, 9]),
+        "targets": torch.randint(1, 7, (2, 4)), "target_lens": torch.tensor([4, 3]),
         "perplexity": 1 + 8 * torch.rand(()),
     }  # fmt: skip
 
@@ -400,7 +409,8 @@ def test_float64_inputs_are_not_rounded_to_float32():
 def test_a_count_of_zero_gives_a_zero_connected_to_the_graph():
     x = random_inputs(0, 1.0)
     x |= {
-        "usable": torch.zeros(18, dtype=torch.bool), "weight": torch.zeros(18), "lens": torch.tensor([1, 2]),
+        "usable": torch.zeros(18, dtype=torch.bool), "weight": torch.zeros(18),
+        "lens": torch.tensor([1, 2]),
         "match": torch.zeros(0), "label": torch.zeros(0, dtype=torch.int64),
     }  # fmt: skip
     for name in (
@@ -439,11 +449,11 @@ def test_equal_codes_everywhere_are_zero_and_connected():
     assert float(loss.count) == 0 and torch.equal(context.grad, torch.zeros(6, 4))
 
 
-# ------------------------------------------------------------------------------- collapse
+# --------------------------------------------------------------------------------------- collapse
 
 
 def test_a_collapsing_codebook_lowers_the_perplexity_and_raises_the_alarm():
-    """A code whose logit is biased takes all frames: perplexity 1, nothing to contrast, and the log names it."""
+    """A biased code takes all frames: perplexity 1, nothing to contrast, and the log names it."""
     torch.manual_seed(0)
     V = 64
     module, features, weight = (
@@ -466,7 +476,7 @@ def test_a_collapsing_codebook_lowers_the_perplexity_and_raises_the_alarm():
             bool(alarms),
             float(loss.count),
         )
-    hard, soft, alarm, count = zip(*seen.values())
+    hard, soft, alarm, count = zip(*seen.values(), strict=True)
     assert list(hard) == sorted(hard, reverse=True) and list(soft) == sorted(soft, reverse=True)
     assert (
         hard[0] > 0.5 * V and math.isclose(hard[-1], 1) and math.isclose(soft[-1], 1, rel_tol=1e-4)
@@ -475,7 +485,7 @@ def test_a_collapsing_codebook_lowers_the_perplexity_and_raises_the_alarm():
     assert count[0] == 400 and count[-1] == 0
 
 
-# ------------------------------------------------------------------------------- what reaches what
+# ------------------------------------------------------------------------------ what reaches what
 
 
 def pretraining(align=("tlm", "stm", "ctc"), **changes) -> SlamPretraining:
@@ -577,7 +587,7 @@ def test_masked_features_are_replaced_and_the_others_kept():
 
 
 def test_what_was_under_a_mask_is_not_visible():
-    """Exchanging the masked features for one another (so that their deviation stays) changes no output anywhere."""
+    """Exchanging masked features for one another (their deviation stays) changes no output."""
     model, speech = pretraining().eval(), speech_batch()
     conv, lens = model.encoder.speech.subsample(speech.features, speech.feature_lens)
     hidden = conv.clone()
@@ -598,7 +608,7 @@ def test_what_was_under_a_mask_is_not_visible():
 
 @pytest.mark.parametrize("name", ["span_lm", "tlm_text"])
 def test_masked_tokens_do_not_leak_through_their_embedding(name):
-    """A masked token that is visible nowhere gives its embedding row no gradient, and the row no influence."""
+    """The embedding of a masked token that is visible nowhere has no gradient and no influence."""
     model, text, pairs = pretraining(("tlm",)), text_batch()[0], pair_batch()
     batch, part = (
         (data.Batch(text=text), text)
@@ -606,7 +616,7 @@ def test_masked_tokens_do_not_leak_through_their_embedding(name):
         else (data.Batch(pairs=pairs), pairs.text)
     )
     hidden = part.targets[part.masked_weight > 0].tolist()
-    shown = {int(t) for row, n in zip(part.tokens, part.lens) for t in row[:n]}
+    shown = {int(t) for row, n in zip(part.tokens, part.lens, strict=True) for t in row[:n]}
     assert hidden and not set(hidden) & shown
 
     def loss():
@@ -658,12 +668,12 @@ def test_joined_text_is_read_where_it_stands():
     whole = model.tlm_losses(pairs, *_joined(model, pairs))["tlm_text"]
     total = 0.0
     for b, (frames, n) in enumerate(
-        zip(pairs.speech.feature_lens.tolist(), pairs.text.lens.tolist())
+        zip(pairs.speech.feature_lens.tolist(), pairs.text.lens.tolist(), strict=True)
     ):
         T = (frames + 3) // 4
         masked = pairs.speech.masked[b : b + 1, :T]
-        speech = data.SpeechBatch(pairs.speech.features[b : b + 1, :frames], torch.tensor([frames]), masked,
-                                  *flat_index(masked, 0))  # fmt: skip
+        features = pairs.speech.features[b : b + 1, :frames]
+        speech = data.SpeechBatch(features, torch.tensor([frames]), masked, *flat_index(masked, 0))
         tokens, clean = pairs.text.tokens[b : b + 1, :n], pairs.clean_tokens[b : b + 1, :n]
         index, weight = flat_index(tokens == MASK_ID, 0)
         text = data.TextBatch(tokens, torch.tensor([n]), index, weight, clean.flatten()[index])
