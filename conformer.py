@@ -72,7 +72,8 @@ class SlamConfig:
     gumbel_start: float = 2.0
     gumbel_decay: float = 0.999995  # per optimiser step
     gumbel_end: float = 0.1
-    conv_grad_scale: float = 1.0  # gradient into the subsampling convolutions (wav2vec 2.0 Base has 0.1)
+    codebook_init: str = "uniform"  # U(0, 1) as in wav2vec 2.0's code, or "normal"
+    target_lr_scale: float = 1.0  # rate of all that decides the codes (convolutions, quantizer logits), relative to lr
     # recipe
     lr: float = 6e-4  # UNSPECIFIED IN PAPER: mSLAM's peak rate and warm-up
     warmup_steps: int = 40_000
@@ -89,6 +90,8 @@ class SlamConfig:
                 raise ValueError(f"d_model {self.d_model} must be divisible by {divisor} {getattr(self, divisor)}")
         if self.code_dim % self.n_codebooks:
             raise ValueError(f"code_dim {self.code_dim} must be divisible by n_codebooks {self.n_codebooks}")
+        if self.codebook_init not in ("uniform", "normal"):
+            raise ValueError(f"codebook_init {self.codebook_init!r} is neither uniform nor normal")
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel {self.conv_kernel} must be odd, so that frames keep their place")
 
@@ -99,11 +102,17 @@ class SlamConfig:
 
 
 SIZES: dict[str, SlamConfig] = {
+    # The demo's. It has minutes where the paper has days, so it departs from `xl` where a plateau cost time. Each of
+    # these was tried alone on speech (EXPERIMENTS.md, "The contrastive plateau"):
+    #   target_lr_scale  targets that change every few steps cannot be learned; the other losses drag them along
+    #   codebook_init    U(0, 1) rows point into one octant: their cosines begin at 0.75, a quarter of the range is left
+    #   conv_kernel      3 layers of kernel 5 reach 6 frames, less than a masked run; 8 layers of the paper reach 16
+    #   dropout          nothing is seen often enough to be learned by heart, and random bits cost 18% of a CPU step
     "tiny": SlamConfig(
-        vocab_size=512, speech_layers=3, mm_layers=3, d_model=128, d_ff=512, n_heads=4, conv_kernel=15,
-        n_codes=256, code_dim=128, gumbel_decay=0.995, gumbel_end=0.5, conv_grad_scale=0.1,
-        lr=2e-3, warmup_steps=100, grad_clip=5.0, max_steps=450,
-        batch_s=40.0, batch_paired_s=16.0, batch_tokens=2048, row_tokens=128,
+        vocab_size=512, speech_layers=3, mm_layers=3, d_model=128, d_ff=512, n_heads=4, conv_kernel=15, dropout=0.0,
+        n_codes=256, code_dim=128, gumbel_decay=0.995, gumbel_end=0.5, codebook_init="normal", target_lr_scale=0.01,
+        lr=2e-3, warmup_steps=100, grad_clip=5.0, max_steps=400,
+        batch_s=32.0, batch_paired_s=24.0, batch_tokens=1024, row_tokens=128,
     ),
     "small": SlamConfig(
         vocab_size=8_000, speech_layers=4, mm_layers=8, d_model=256, d_ff=1024, n_heads=4,
@@ -336,7 +345,6 @@ class SpeechEncoder(nn.Module):
         # Estimated once on training audio, then part of the weights: never a flag at fine-tuning time (DECISIONS 7).
         self.register_buffer("feature_mean", torch.zeros(N_MELS))
         self.register_buffer("feature_std", torch.ones(N_MELS))
-        self.conv_grad_scale = config.conv_grad_scale
         self.subsampling = ConvSubsampling(config)
         self.project = nn.Linear(config.conv_dim, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -346,10 +354,7 @@ class SpeechEncoder(nn.Module):
     def subsample(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Raw log-mel (B, F, 80) and lengths (B,) -> unmasked convolution features (B, T, C) and lengths (B,)."""
         features = (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
-        conv, lens = self.subsampling(features, feature_lens)
-        if self.conv_grad_scale != 1.0:
-            conv = conv.detach() + self.conv_grad_scale * (conv - conv.detach())
-        return conv, lens
+        return self.subsampling(features, feature_lens)
 
     def encode(self, conv: Tensor, lens: Tensor, layers: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Convolution features (B, T, C), masked or not -> (contrastive context (B, T, D), output (B, T, D)).

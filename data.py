@@ -1,4 +1,4 @@
-"""Manifests, audio, tokens, masks and batches: everything between the files and the model.
+"""Masks, batch plan, batches: everything between rows on disk (corpora.py) and the model.
 
 SLAM reads three streams: speech alone, text alone, and pairs of speech and transcript. Each has its
 rows (SpeechRows, TextRows, PairRows), each has an endless plan of batches (BatchPlan), and
@@ -10,12 +10,11 @@ Nothing here keeps state or touches a global random generator: what row 7 is lik
 on (seed, 3, 7) alone, never on the number of workers or ranks, nor on what was read before. So a
 run resumes with one integer, the step.
 
-Public:  Manifest, read_audio, Tokenizer, TextCorpus, TextRows, mask_budget, span_mask, mask_text,
-         row_rng, joint_bucket, BatchPlan, SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows,
-         PairRows, PretrainData, dev_batches, feature_statistics, librispeech_manifest,
-         directory_manifest, check_manifest, Report. Commands: tokenizer, manifest, check.
-Letters: B rows, N wave samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens,
-         M masked positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
+Public:  mask_budget, span_mask, mask_text, row_rng, joint_bucket, BatchPlan, SpeechBatch, TextBatch,
+         PairBatch, Batch, SpeechRows, TextRows, PairRows, PretrainData, dev_batches,
+         feature_statistics. Commands: tokenizer, manifest, check (their work is done in corpora.py).
+Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
+         positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
 Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT
          (Joshi et al. 2020) for those of text.
 """
@@ -23,17 +22,12 @@ Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import json
 import math
-import os
 import re
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import islice
@@ -41,9 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
-import soundfile
-import soxr
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -61,11 +52,20 @@ from conformer import (
     n_frames,
     subsampled_lens,
 )
+from corpora import (
+    Manifest,
+    TextCorpus,
+    Tokenizer,
+    check_manifest,
+    directory_manifest,
+    librispeech_manifest,
+    parse_rows,
+    read_audio,
+    read_bytes,
+    read_lines,
+    row_fault,
+)
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
-MAX_S = 1e8  # three years: a duration or offset beyond is a mistake
-NO_CHARACTER = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, files and tokenizers cannot
-SEEK_LEAD = 9216  # samples decoded ahead of the wanted ones: an MP3 frame needs the ones before it
 MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
 
 # w2v-BERT: a span of 10 frames starts anywhere with p = 0.065, which covers 1 - (1 - p)^10 = 49%.
@@ -83,379 +83,7 @@ SPEECH_CROP, SPEECH_MASKING, TEXT_MASKING, PAIR_SPEECH_MASKING, PAIR_TEXT_MASKIN
 STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9, 10
 
 N_JOINT = 8  # combinations of (speech, text, pair) buckets: so many shapes to compile or capture
-MIN_CHOICES = (
-    32  # different transcripts to draw an STM negative from, if 10% of the length has them
-)
-
-
-# ---------------------------------------------------------------------------------------- manifests
-
-
-def row_fault(row: object, text_required: bool) -> tuple[str, str] | None:
-    """What is wrong with one manifest row: (reason, what was found), or None when it may be used.
-
-    Paths must be local: a manifest is data, and data never runs a command or opens a connection.
-    """
-    if isinstance(row, Exception):
-        return "not a JSON line", str(row)
-    if not isinstance(row, dict):
-        return "not a JSON object", repr(row)[:80]
-    for key in ("audio_filepath", "duration", "text"):
-        if key not in row and (key != "text" or text_required):
-            return f'no "{key}"', f"keys are {sorted(row)}"
-    path, text = row["audio_filepath"], row.get("text", "")
-    if not isinstance(path, str) or not path.strip():
-        return "audio_filepath is not a path", repr(path)
-    if path.strip().startswith("|") or path.strip().endswith("|"):
-        advice = f"convert it first: {path.strip().strip('|').strip()} > clip.wav"
-        return "audio_filepath is a pipe, and pipes are never run", advice
-    if "://" in path:
-        return "audio_filepath is a URL, download it first", path
-    if ".." in path.split("/"):
-        return "audio_filepath leaves its folder by '..', give an absolute path", path
-    duration, offset = row["duration"], row.get("offset", 0.0)
-    if type(duration) not in (int, float) or not 0 < duration < MAX_S:
-        return "duration is not a positive number of seconds", repr(duration)[:80]
-    if type(offset) not in (int, float) or not 0 <= offset < MAX_S:
-        return "offset is not a number of seconds from 0 on", repr(offset)[:80]
-    if not isinstance(text, str):
-        return "text is not a string", repr(text)[:80]
-    if NO_CHARACTER.search(path + text):
-        return "path or text holds half a surrogate pair or NUL", ascii(path + text)[:80]
-    return None
-
-
-def _parse_rows(buffer: bytes) -> Iterator[tuple[int, int, int, object]]:
-    """(line number, first byte, end, parsed JSON or the error met) of each non-blank line."""
-    start = 0
-    for number, line in enumerate(io.BytesIO(buffer), 1):
-        stop = start + len(line)
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                row = error
-            yield number, start, stop, row
-        start = stop
-
-
-def _read_bytes(path: Path, what: str) -> bytes:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{what} {path}: no such file")
-    return Path(path).read_bytes()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Utterances of JSON-lines manifests, as bytes and arrays, which forked workers share.
-
-    A row on disk has NeMo's keys: {"audio_filepath": "a/b.flac", "duration": 3.2, "offset": 0.0,
-    "text": "hello", ...}; seconds; the path absolute or relative to the manifest's folder; offset
-    and text may be missing; further keys are kept.
-    """
-
-    files: tuple[tuple[Path, bytes], ...]
-    file: np.ndarray  # (n,) int32, which of the files
-    start: np.ndarray  # (n,) int64, first byte of the row there
-    stop: np.ndarray  # (n,) int64
-    durations: np.ndarray  # (n,) float64, seconds
-    has_text: np.ndarray  # (n,) bool, a text that is not blank
-
-    @classmethod
-    def read(cls, paths: Iterable[Path | str], *, text_required: bool = False) -> Manifest:
-        """Read and check manifests; several are concatenated.
-
-        Raises: FileNotFoundError for a missing manifest; ValueError naming file and line of the
-                first bad row, or for a manifest without rows.
-        """
-        files, columns = [], (array("i"), array("q"), array("q"), array("d"), array("b"))
-        for path in map(Path, paths):
-            buffer, n_rows = _read_bytes(path, "manifest"), len(columns[0])
-            for number, start, stop, row in _parse_rows(buffer):
-                if fault := row_fault(row, text_required):
-                    raise ValueError(f"{path}:{number}: {fault[0]} ({fault[1]})")
-                has_text = bool(row.get("text", "").strip())
-                entry = (len(files), start, stop, row["duration"], has_text)
-                for column, value in zip(columns, entry):
-                    column.append(value)
-            if len(columns[0]) == n_rows:
-                raise ValueError(f"manifest {path}: no rows; make one with data.py manifest")
-            files.append((path, buffer))
-        kinds = (np.int32, np.int64, np.int64, np.float64, bool)
-        return cls(tuple(files), *(np.array(column, kind) for column, kind in zip(columns, kinds)))
-
-    def __len__(self) -> int:
-        return len(self.durations)
-
-    def row(self, i: int) -> dict:
-        """Row i as a dict, its audio_filepath resolved against the manifest's folder."""
-        path, buffer = self.files[self.file[i]]
-        row = json.loads(buffer[self.start[i] : self.stop[i]])
-        row["audio_filepath"] = str(path.parent / row["audio_filepath"])
-        return row
-
-    def text(self, i: int) -> str:
-        return self.row(i).get("text", "")
-
-    def where(self, i: int) -> str:
-        """`file:line` of row i, for messages."""
-        path, buffer = self.files[self.file[i]]
-        line = 1 + buffer.count(b"\n", 0, int(self.start[i]))
-        return f"{path}:{line}"
-
-    def filtered(self, keep: np.ndarray) -> Manifest:
-        """The rows where keep (n,) bool is True, in order; the bytes are shared."""
-        names = ("file", "start", "stop", "durations", "has_text")
-        return replace(self, **{name: getattr(self, name)[keep] for name in names})
-
-
-def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
-    """Part of an audio file as mono at 16 kHz: channels averaged, other rates resampled (soxr HQ).
-
-    Args:    offset, duration  seconds; None reads to the end, and no file is read beyond its end.
-    Returns: (N,) float32 in [-1, 1].
-    Raises:  FileNotFoundError; ValueError naming the file where it cannot be decoded, has nothing
-             from offset on, or holds NaN.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such audio file")
-    try:
-        with soundfile.SoundFile(path) as audio:
-            rate, start = audio.samplerate, round(offset * audio.samplerate)
-            wanted = -1 if duration is None else max(1, round(duration * rate))
-            lead = min(start, SEEK_LEAD)
-            audio.seek(min(start - lead, audio.frames))
-            samples = audio.read(wanted if wanted < 0 else lead + wanted, "float32", always_2d=True)
-    except (RuntimeError, OSError, TypeError) as error:
-        raise ValueError(f"{path}: cannot decode audio ({str(error).splitlines()[0]})") from error
-    samples = samples[lead:, 0] if samples.shape[1] == 1 else samples[lead:].mean(axis=1)  # (N,)
-    if not len(samples):
-        raise ValueError(f"{path}: no audio from {offset:g} s on")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples")
-    if rate != SAMPLE_RATE:
-        samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
-    return samples
-
-
-# --------------------------------------------------------------------------------------------- text
-
-
-class Tokenizer:
-    """SentencePiece with fixed special ids. The case rule is part of the model's bytes.
-
-    [CLS], [SEP] and [MASK] are control symbols, so no text, not even one that spells "[MASK]", is
-    encoded to them. Raises ValueError for bytes that are no such model.
-    """
-
-    def __init__(self, model_bytes: bytes) -> None:
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-            ids = [self._processor.piece_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")]
-        except RuntimeError as error:
-            raise ValueError("not a SentencePiece model") from error
-        if ids != [CLS_ID, SEP_ID, MASK_ID]:
-            raise ValueError(
-                f"ids of [CLS], [SEP], [MASK] are {ids}; train one by data.py tokenizer"
-            )
-        self.model_bytes = model_bytes
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.text_case = "lower" if self._processor.normalize("A").endswith("a") else "keep"
-        self.fingerprint = hashlib.sha256(model_bytes).hexdigest()[:16]
-
-    @classmethod
-    def train(
-        cls,
-        lines: Iterable[str],
-        vocab_size: int,
-        text_case: str = "lower",
-        model_type: str = "unigram",
-    ) -> Tokenizer:
-        """Train on lines of text; the same lines give the same bytes.
-
-        UNSPECIFIED IN PAPER: model type and letter case. A small corpus may give fewer pieces.
-        Raises: ValueError where there is no text, or too little vocabulary for its characters.
-        """
-        assert text_case in ("lower", "keep"), text_case
-        sink = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(line for line in map(str.strip, lines) if line),
-                model_writer=sink,
-                vocab_size=vocab_size,
-                model_type=model_type,
-                hard_vocab_limit=False,
-                normalization_rule_name="nmt_nfkc_cf" if text_case == "lower" else "nmt_nfkc",
-                pad_id=PAD_ID,
-                unk_id=UNK_ID,
-                bos_id=-1,
-                eos_id=-1,
-                control_symbols=["[CLS]", "[SEP]", "[MASK]"],  # take ids 2, 3, 4
-                max_sentence_length=16384,  # bytes; longer lines are skipped
-                num_threads=1,  # sums in one order: reproducible to the byte
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            reason = str(error).split("] ")[-1].strip() or "is there any text?"
-            raise ValueError(f"no tokenizer of --vocab-size {vocab_size}: {reason}") from error
-        return cls(sink.getvalue())
-
-    @classmethod
-    def load(cls, path: Path | str) -> Tokenizer:
-        model_bytes = _read_bytes(Path(path), "tokenizer")
-        try:
-            return cls(model_bytes)
-        except ValueError as error:
-            raise ValueError(f"tokenizer {path}: {error}") from error
-
-    def save(self, path: Path | str) -> None:
-        _write_atomically(Path(path), lambda sink: sink.write(self.model_bytes))
-
-    def encode(self, text: str | list[str]) -> list:
-        """Ids of a text, or of each text of a list. Of the special ids only the unknown's."""
-        return self._processor.encode(text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
-
-
-def _write_atomically(path: Path, write: Callable) -> None:
-    """Write a binary file so that its name holds either the whole of it or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        with temporary.open("wb") as sink:
-            write(sink)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, stripped. Raises ValueError naming the file where it is not UTF-8."""
-    if not path.is_file():
-        raise FileNotFoundError(f"text {path}: no such file")
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            yield from map(str.strip, lines)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text {path}: not UTF-8 ({error.reason})") from error
-
-
-def _tokenise(source: Path, tokenizer: Tokenizer, tokens_path: Path, dtype: type) -> None:
-    """Write the token stream (each line's ids, then [SEP]) and where lines and documents end."""
-
-    def write_tokens(sink: io.BufferedWriter) -> None:
-        line_ends, document_ends = array("q"), array("q")  # in tokens; in lines
-        counts = np.zeros(tokenizer.vocab_size, np.int64)
-        lines, total = read_lines(source), 0
-        while texts := list(islice(lines, 10_000)):
-            stream: list[int] = []
-            for text, ids in zip(texts, tokenizer.encode(texts)):
-                if ids:
-                    stream += ids
-                    stream.append(SEP_ID)
-                    line_ends.append(total + len(stream))
-                elif not text and line_ends:
-                    document_ends.append(len(line_ends))
-            total += len(stream)
-            counts += np.bincount(np.array(stream, np.int64), minlength=len(counts))
-            np.array(stream, dtype).tofile(sink)
-        if not total:
-            raise ValueError(f"text {source}: no text; expected sentences, one a line")
-        document_ends.append(len(line_ends))
-        index = {
-            "line_ends": line_ends,
-            "document_ends": np.unique(document_ends),
-            "counts": counts,
-        }
-        _write_atomically(tokens_path.with_suffix(".npz"), lambda sink: np.savez(sink, **index))
-
-    _write_atomically(tokens_path, write_tokens)  # gets its name last, when the index is there
-
-
-@dataclass(frozen=True)
-class TextCorpus:
-    """Tokenised text on disk: plain lines, in which a blank one ends a document."""
-
-    paths: tuple[Path, ...]  # token files, each with an .npz index beside it
-    dtype: type
-    vocab_size: int
-
-    @classmethod
-    def open(
-        cls, paths: Iterable[Path | str], tokenizer: Tokenizer, cache_dir: Path | str | None = None
-    ) -> TextCorpus:
-        """Tokenise text files to disk, once; later calls find that. Several are concatenated.
-
-        The tokens lie beside each source, or in cache_dir, under a name that changes with the
-        tokenizer and with the source's size and time.
-        Raises: FileNotFoundError; ValueError for no text, for text that is not UTF-8, or where the
-                tokens cannot be written.
-        """
-        dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
-        cached = []
-        for source in map(Path, paths):
-            if not source.is_file():
-                raise FileNotFoundError(f"text {source}: no such file")
-            state = source.stat()
-            key = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tokenizer.fingerprint}"
-            folder = Path(cache_dir) if cache_dir else source.parent
-            path = folder / f"{source.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.tokens"
-            if not (path.is_file() and path.with_suffix(".npz").is_file()):
-                try:
-                    _tokenise(source, tokenizer, path, dtype)
-                except OSError as error:
-                    raise ValueError(f"{folder}: cannot write the token cache ({error})") from error
-            cached.append(path)
-        return cls(tuple(cached), dtype, tokenizer.vocab_size)
-
-    @property
-    def counts(self) -> np.ndarray:
-        """(V,) int64, how often each id occurs ([SEP] once a line)."""
-        return sum(np.load(path.with_suffix(".npz"))["counts"] for path in self.paths)
-
-    def pack(self, row_tokens: int, seed: int = 0) -> TextRows:
-        """Rows of at most row_tokens: [CLS] line [SEP] line [SEP] ..., all of one document."""
-        if row_tokens < 3:
-            raise ValueError(f"text rows of {row_tokens} tokens: [CLS], one token and [SEP] need 3")
-        packed = []
-        for number, path in enumerate(self.paths):
-            index = np.load(path.with_suffix(".npz"))
-            rows = _pack_lines(index["line_ends"], index["document_ends"], row_tokens)
-            packed.append((np.full(len(rows[0]), number, np.int32), *rows))
-        return TextRows(self, seed, *(np.concatenate(column) for column in zip(*packed)))
-
-
-def _pack_lines(
-    line_ends: np.ndarray, document_ends: np.ndarray, row_tokens: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pack lines greedily: (start, stop) in the token stream and length of each row.
-
-    A line that is too long is cut. All pieces but its last fill a row each, so no row has a [SEP]
-    inside a line. Where the row after one that begins at piece i begins is looked up for all i at
-    once; Python then only hops from row to row, which matters with forty million lines.
-    """
-    content = row_tokens - 2
-    starts = np.concatenate([[0], line_ends[:-1]])
-    n_pieces = np.maximum(1, -(-(line_ends - starts - 1) // content))
-    first = np.cumsum(n_pieces) - n_pieces  # (lines,) index of each line's first piece
-    line = np.repeat(np.arange(len(line_ends)), n_pieces)
-    start = starts[line] + (np.arange(len(line)) - first[line]) * content
-    is_last = np.append(line[1:] != line[:-1], True)
-    stop = np.where(is_last, line_ends[line], start + content)
-    cost = np.concatenate([[0], np.cumsum(np.where(is_last, stop - start, content + 1))])
-    document_stop = np.append(first, len(line))[document_ends]  # first piece after each document
-    document = np.searchsorted(document_ends, line, side="right")
-    following = np.searchsorted(cost, cost[:-1] + row_tokens - 1, side="right") - 1
-    following = np.minimum(following, document_stop[document])
-    rows, piece = array("q"), 0
-    while piece < len(line):
-        rows.append(piece)
-        piece = int(following[piece])
-    chosen = np.array(rows, np.int64)
-    last = following[chosen] - 1
-    return start[chosen], stop[last], 1 + cost[last + 1] - cost[chosen]
+MIN_CHOICES = 32  # different transcripts to draw an STM negative from, if 10% of the length has them
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -872,9 +500,40 @@ class SpeechRows:
         return _speech_batch(features, rngs, SPEECH_MASK, bucket_len)
 
 
+def _pack_lines(
+    line_ends: np.ndarray, document_ends: np.ndarray, row_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pack lines greedily: (start, stop) in the token stream and length of each row.
+
+    A line that is too long is cut. All pieces but its last fill a row each, so no row has a [SEP]
+    inside a line. Where the row after one that begins at piece i begins is looked up for all i at
+    once; Python then only hops from row to row, which matters with forty million lines.
+    """
+    content = row_tokens - 2
+    starts = np.concatenate([[0], line_ends[:-1]])
+    n_pieces = np.maximum(1, -(-(line_ends - starts - 1) // content))
+    first = np.cumsum(n_pieces) - n_pieces  # (lines,) index of each line's first piece
+    line = np.repeat(np.arange(len(line_ends)), n_pieces)
+    start = starts[line] + (np.arange(len(line)) - first[line]) * content
+    is_last = np.append(line[1:] != line[:-1], True)
+    stop = np.where(is_last, line_ends[line], start + content)
+    cost = np.concatenate([[0], np.cumsum(np.where(is_last, stop - start, content + 1))])
+    document_stop = np.append(first, len(line))[document_ends]  # first piece after each document
+    document = np.searchsorted(document_ends, line, side="right")
+    following = np.searchsorted(cost, cost[:-1] + row_tokens - 1, side="right") - 1
+    following = np.minimum(following, document_stop[document])
+    rows, piece = array("q"), 0
+    while piece < len(line):
+        rows.append(piece)
+        piece = int(following[piece])
+    chosen = np.array(rows, np.int64)
+    last = following[chosen] - 1
+    return start[chosen], stop[last], 1 + cost[last + 1] - cost[chosen]
+
+
 @dataclass
 class TextRows:
-    """Text alone, packed (TextCorpus.pack). Each process maps the token files for itself."""
+    """Text alone, packed into rows. Each process maps the token files for itself."""
 
     corpus: TextCorpus
     seed: int
@@ -883,6 +542,18 @@ class TextRows:
     stop: np.ndarray  # (n,) int64
     lengths: np.ndarray  # (n,) int64 tokens, [CLS] and the closing [SEP] counted
     _maps: dict[int, np.ndarray] = field(init=False, default_factory=dict)
+
+    @classmethod
+    def pack(cls, corpus: TextCorpus, row_tokens: int, seed: int = 0) -> TextRows:
+        """Rows of at most row_tokens: [CLS] line [SEP] line [SEP] ..., all of one document."""
+        if row_tokens < 3:
+            raise ValueError(f"--row-tokens {row_tokens}: [CLS], one token and [SEP] need 3")
+        packed = []
+        for number, path in enumerate(corpus.paths):
+            index = np.load(path.with_suffix(".npz"))
+            rows = _pack_lines(index["line_ends"], index["document_ends"], row_tokens)
+            packed.append((np.full(len(rows[0]), number, np.int32), *rows))
+        return cls(corpus, seed, *(np.concatenate(column) for column in zip(*packed)))
 
     def __len__(self) -> int:
         return len(self.start)
@@ -1111,166 +782,6 @@ def feature_statistics(
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-# --------------------------------------------------------------------------------- making manifests
-
-
-@dataclass
-class Report:
-    """What an import or a check found. rejected: reason to (number of rows, the first of them)."""
-
-    rows: int = 0
-    seconds: float = 0.0
-    speakers: set[str] = field(default_factory=set)
-    rejected: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-    def accept(self, row: dict) -> None:
-        self.rows += 1
-        self.seconds += row["duration"]
-        if "speaker" in row:
-            self.speakers.add(str(row["speaker"]))
-
-    def reject(self, reason: str, example: str) -> None:
-        count, first = self.rejected.get(reason, (0, example))
-        self.rejected[reason] = (count + 1, first)
-
-    def __str__(self) -> str:
-        speakers = f"{len(self.speakers) or 'unknown'} speakers"
-        lines = [f"{self.rows} rows, {self.seconds / 3600:.2f} hours, {speakers}"]
-        for reason, (count, first) in self.rejected.items():
-            lines.append(f"rejected {count}: {reason} (first: {first})")
-        return "\n".join(lines)
-
-    def demand_rows(self, what: str) -> None:
-        if not self.rows:
-            raise ValueError(f"{what}: 0 usable rows; {self}".replace("\n", "; "))
-
-
-def _write_manifest(out: Path, candidates: Iterable[dict], report: Report) -> Report:
-    """Measure the audio of each candidate and write the good ones, in order.
-
-    Paths below the manifest's folder are written relative to it, others absolute.
-    """
-
-    def measure(row: dict) -> tuple[dict, str]:
-        try:
-            info = soundfile.info(row["audio_filepath"])
-            return {**row, "duration": round(info.frames / info.samplerate, 4)}, ""
-        except (RuntimeError, OSError, TypeError):
-            return row, "cannot decode audio"
-
-    def write(sink: io.BufferedWriter) -> None:
-        with ThreadPoolExecutor(8) as pool:  # waits for the disk, mostly
-            for row, fault in pool.map(measure, candidates):
-                path = Path(row["audio_filepath"])
-                if fault or row["duration"] <= 0:
-                    report.reject(fault or "no samples", str(path))
-                    continue
-                report.accept(row)
-                name = path.relative_to(folder) if path.is_relative_to(folder) else path
-                row = {**row, "audio_filepath": str(name)}
-                sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        report.demand_rows(f"manifest {out}")
-
-    folder = out.resolve().parent
-    _write_atomically(out, write)
-    return report
-
-
-def librispeech_manifest(
-    root: Path | str, out: Path | str, splits: Iterable[str] | None = None
-) -> Report:
-    """Manifest of SPLIT/SPEAKER/CHAPTER/ID.flac with SPEAKER-CHAPTER.trans.txt, as LibriSpeech has.
-
-    Args:    root    the folder with the splits, or the one that holds LibriSpeech/.
-             splits  names of splits; None takes all.
-    Raises:  FileNotFoundError for a missing root or split; ValueError where nothing is usable.
-    """
-    root = Path(root).resolve()
-    root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
-    if not root.is_dir():
-        raise FileNotFoundError(f"LibriSpeech {root}: no such folder")
-    found = sorted(path.name for path in root.iterdir() if next(path.glob("*/*/*.trans.txt"), None))
-    splits = found if splits is None else list(splits)
-    if missing := [name for name in splits if name not in found]:
-        raise FileNotFoundError(
-            f"{root}: no split {missing[0]}; found {found or 'none'} (--splits)"
-        )
-    report = Report()
-
-    def candidates() -> Iterator[dict]:
-        for split in splits:
-            for chapter in sorted(path for path in (root / split).glob("*/*") if path.is_dir()):
-                yield from _chapter_rows(chapter, split, report)
-
-    return _write_manifest(Path(out), candidates(), report)
-
-
-def _audio_files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES)
-
-
-def _chapter_rows(chapter: Path, split: str, report: Report) -> Iterator[dict]:
-    """Rows of one chapter's folder: audio files by id, transcripts from its .trans.txt."""
-    audio = {path.stem: path for path in _audio_files(chapter.iterdir())}
-    for transcripts in sorted(chapter.glob("*.trans.txt")):
-        for line in read_lines(transcripts):
-            name, _, text = line.partition(" ")
-            path = audio.pop(name, None)
-            if name and path is None:
-                report.reject("transcript without audio, or a second one", f"{transcripts}: {name}")
-            elif name and not text.strip():
-                report.reject("empty transcript", f"{transcripts}: {name}")
-            elif name:
-                row = {"audio_filepath": str(path), "text": text.strip(), "id": name}
-                yield {**row, "speaker": chapter.parent.name, "split": split}
-    for path in audio.values():
-        report.reject("audio without transcript", str(path))
-
-
-def directory_manifest(root: Path | str, out: Path | str) -> Report:
-    """Manifest of all audio below a folder; the .txt of the same name is its transcript, if any."""
-    root = Path(root).resolve()
-    if not root.is_dir():
-        raise FileNotFoundError(f"audio folder {root}: no such folder")
-
-    def candidates() -> Iterator[dict]:
-        for path in _audio_files(root.rglob("*")):
-            row = {"audio_filepath": str(path), "id": str(path.relative_to(root).with_suffix(""))}
-            transcript = path.with_suffix(".txt")
-            if transcript.is_file():
-                row["text"] = " ".join(read_lines(transcript)).strip()
-            yield row
-
-    return _write_manifest(Path(out), candidates(), Report())
-
-
-def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False) -> Report:
-    """Count good and bad rows of a manifest, where Manifest.read stops at the first bad one."""
-    report = Report()
-    for number, _, _, row in _parse_rows(_read_bytes(path, "manifest")):
-        fault = row_fault(row, False)
-        if not fault and row["duration"] > max_audio_s:
-            fault = f"longer than --max-audio-s {max_audio_s:g}", f"{row['duration']:g} s"
-        if not fault and read:
-            fault = _audio_fault(path.parent / row["audio_filepath"], row)
-        if fault:
-            report.reject(fault[0], f"{path}:{number}: {fault[1]}")
-        else:
-            report.accept(row)
-    report.demand_rows(f"manifest {path}")
-    return report
-
-
-def _audio_fault(path: Path, row: dict) -> tuple[str, str] | None:
-    try:
-        seconds = len(read_audio(path, row.get("offset", 0.0), row["duration"])) / SAMPLE_RATE
-    except (ValueError, FileNotFoundError) as error:
-        return "audio cannot be read", str(error)
-    if seconds < row["duration"] - 0.1:
-        return "audio ends before its row does", f"{path}: {seconds:.2f} s of {row['duration']:g} s"
-    return None
-
-
 # ------------------------------------------------------------------------------------------ command
 
 
@@ -1300,7 +811,7 @@ def _run_check(args: argparse.Namespace) -> None:
     print(f"{args.manifest}: {check_manifest(Path(args.manifest), args.max_audio_s, args.read)}")
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer)
-        rows = [row for *_, row in _parse_rows(_read_bytes(Path(args.manifest), "manifest"))]
+        rows = [row for *_, row in parse_rows(read_bytes(Path(args.manifest), "manifest"))]
         texts = [row["text"] for row in rows if not row_fault(row, True) and row["text"].strip()]
         ids = tokenizer.encode(texts)
         lens, unknown = [len(row) for row in ids], sum(row.count(UNK_ID) for row in ids)

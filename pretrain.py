@@ -36,6 +36,7 @@ from training import Ranks
 
 MASK_FILL_STD = 0.1  # of the noise that replaces masked features, relative to their own deviation (DECISIONS 7)
 DIVERSITY_WEIGHT = 0.1  # w2v-BERT's alpha
+TARGET_PARTS = ("encoder.speech.subsampling", "quantizer.norm", "quantizer.logits", "linear_target")  # decide the targets
 RETRIEVAL_TEXTS, RETRIEVAL_QUERIES = 100, 50  # held-out probe: find the transcript among so many texts
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -88,7 +89,7 @@ class SlamPretraining(nn.Module):
             self.context_project = nn.Linear(D, config.code_dim)
             if objectives.speech_objective == "w2v-bert":
                 schedule = (config.gumbel_start, config.gumbel_decay, config.gumbel_end)
-                self.quantizer = GumbelQuantizer(config.conv_dim, G, V, config.code_dim, schedule)
+                self.quantizer = GumbelQuantizer(config.conv_dim, G, V, config.code_dim, schedule, config.codebook_init)
                 self.code_head = nn.Linear(D, G * V)  # code prediction and TLM's speech side (DECISIONS 12)
             else:
                 self.linear_target = LinearTarget(config.conv_dim, config.code_dim)
@@ -353,7 +354,7 @@ def load_rows(args: argparse.Namespace, objectives: Objectives, tokenizer: data.
         if stream == "speech":
             rows[stream] = data.SpeechRows(data.Manifest.read(paths), args.max_audio_s, args.seed)
         elif stream == "text":
-            rows[stream] = data.TextCorpus.open(paths, tokenizer).pack(args.row_tokens, args.seed)
+            rows[stream] = data.TextRows.pack(data.TextCorpus.open(paths, tokenizer), args.row_tokens, args.seed)
         else:
             manifest = data.Manifest.read(paths, text_required=True)
             rows[stream] = data.PairRows(manifest, tokenizer, args.max_audio_s, args.seed)
@@ -365,9 +366,9 @@ def make_plans(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, data
     units = {"speech": 100 * args.batch_s, "text": args.batch_tokens, "pairs": 100 * args.batch_paired_s}
     return {
         name: data.BatchPlan(
-            its.lengths, int(units[name]), micro_batches=args.micro_batches, seed=args.seed, stream=i
+            its.lengths, int(units[name]), micro_batches=args.micro_batches, seed=args.seed, stream=stream
         )
-        for i, (name, its) in enumerate(sorted(rows.items()))
+        for stream, (name, its) in ((list(units).index(name), (name, its)) for name, its in rows.items())
     }
 
 
@@ -687,7 +688,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         mean, std = data.feature_statistics(rows["speech"].manifest, seed=args.seed)
         model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
         model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
-    optimizer = training.make_optimizer(model, args.weight_decay)
+    lr_scales = dict.fromkeys(TARGET_PARTS, config.target_lr_scale)
+    optimizer = training.make_optimizer(model, args.weight_decay, lr_scales)
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         ranks.log(f"resumed {path} at step {start_step}")

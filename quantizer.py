@@ -36,14 +36,21 @@ class GumbelQuantizer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, n_codebooks: int, n_codes: int, code_dim: int, temperature: tuple[float, float, float]
+        self,
+        dim: int,
+        n_codebooks: int,
+        n_codes: int,
+        code_dim: int,
+        temperature: tuple[float, float, float],
+        codebook_init: str = "uniform",
     ) -> None:
-        """Args: dim C; temperature (start, factor per step, floor)."""
+        """Args: dim C; temperature (start, factor per step, floor); codebook_init "uniform" U(0, 1) or "normal" N(0, 1)."""
         super().__init__()
         self.n_codebooks, self.n_codes, self.temperature_schedule = n_codebooks, n_codes, temperature
         self.norm = nn.LayerNorm(dim)
         self.logits = nn.Linear(dim, n_codebooks * n_codes)
-        self.codebook = nn.Parameter(torch.rand(n_codebooks, n_codes, code_dim // n_codebooks))
+        draw = {"uniform": torch.rand, "normal": torch.randn}[codebook_init]
+        self.codebook = nn.Parameter(draw(n_codebooks, n_codes, code_dim // n_codebooks))
         nn.init.normal_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

@@ -111,12 +111,20 @@ def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
     return peak * min(step / warmup_steps, math.sqrt(warmup_steps / step))
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS 6)."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
+def make_optimizer(model: nn.Module, weight_decay: float, lr_scales: dict[str, float]) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS 6).
+
+    Args: lr_scales {prefix of parameter names: learning rate relative to --lr}; other parameters have 1. With Adam this is
+          what scaling a gradient would be with SGD: Adam divides a constant factor out again.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = next((s for prefix, s in lr_scales.items() if name.startswith(prefix)), 1.0)
+        groups.setdefault((scale, weight_decay if parameter.dim() >= 2 else 0.0), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
+        lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True,
+    )  # fmt: skip
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
@@ -257,7 +265,7 @@ def train(
 
         lr = inverse_sqrt(step, args.lr, args.warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         for k, batch in zip(local, batches):
             seed_micro_batch(args.seed, step, k)
             last = k == local[-1]
@@ -336,14 +344,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Write a temporary sibling, flush it to the disk, rename: a reader sees the old file or the new one, never half."""
+    """Write a binary file so that its name holds the whole of it or what it held before, never half.
+
+    A temporary sibling is written, flushed to the disk and renamed; a failed write leaves nothing behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_last: int) -> Path:
@@ -351,6 +365,8 @@ def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_las
     path = out_dir / "ckpt" / f"step_{step:07d}.pt"
     write_atomically(path, lambda file: torch.save(contents | {"step": step, "versions": versions()}, file))
     write_atomically(path.parent / "latest", lambda file: file.write(path.name.encode()))
+    for leftover in path.parent.glob("*.tmp"):  # of a save that was killed
+        leftover.unlink()
     for old in sorted(path.parent.glob("step_*.pt"))[:-keep_last]:
         if old != path:
             old.unlink()

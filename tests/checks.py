@@ -436,8 +436,8 @@ def check_two_ranks_equal_one_process(training: ModuleType) -> None:
         model = _Toy()
         args = argparse.Namespace(
             micro_batches=max(world_size, len(batches)), max_steps=1, lr=1.0, warmup_steps=1,
-            seed=0, dtype="fp64", grad_clip=1e9, loss_weights={}, log_every=1, eval_every=0, save_every=2,
-            max_bad_steps=1,
+            dtype="fp64", grad_clip=1e9, loss_weights={}, log_every=1, eval_every=0,
+            save_every=2, max_bad_steps=1, seed=0,
         )  # fmt: skip
         try:
             ranks = Played(rank, rank, world_size, torch.device("cpu"))

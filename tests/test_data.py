@@ -12,7 +12,9 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
+import corpora
 import data
+import training
 from conformer import CLS_ID, MASK_ID, N_MELS, N_SPECIAL, PAD_ID, SEP_ID, n_frames, subsampled_lens
 
 WORDS = "the a red old cat dog ship house sees likes finds and two three under near big".split()
@@ -61,7 +63,7 @@ def text_rows(tmp_path_factory, tokenizer) -> data.TextRows:
     path.write_text(
         "\n".join(line + ("\n" if i % 7 == 6 else "") for i, line in enumerate(sentences(300, 2)))
     )
-    return data.TextCorpus.open([path], tokenizer).pack(48, seed=5)
+    return data.TextRows.pack(data.TextCorpus.open([path], tokenizer), 48, seed=5)
 
 
 def make_pretrain_data(
@@ -327,7 +329,7 @@ def test_packing_equals_the_slow_rule_and_keeps_documents_apart(tmp_path, tokeni
     path.write_text(
         "\n" + "".join("\n".join(lines) + "\n" + gap for lines, gap in zip(documents, gaps))
     )
-    rows = data.TextCorpus.open([path], tokenizer).pack(row_tokens)
+    rows = data.TextRows.pack(data.TextCorpus.open([path], tokenizer), row_tokens)
     expected = slow_packing([tokenizer.encode(lines) for lines in documents], row_tokens)
     assert [rows.tokens(i).tolist() for i in range(len(rows))] == expected
     assert (
@@ -339,7 +341,7 @@ def test_text_files_are_concatenated_and_counted(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("the cat\nthe dog")
     (tmp_path / "b.txt").write_text("a ship")
     corpus = data.TextCorpus.open([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer)
-    rows = corpus.pack(100)
+    rows = data.TextRows.pack(corpus, 100)
     assert len(rows) == 2  # files are documents of their own
     stream = np.concatenate([rows.tokens(i)[1:] for i in range(2)])
     assert corpus.counts.tolist() == np.bincount(stream, minlength=tokenizer.vocab_size).tolist()
@@ -350,21 +352,21 @@ def test_the_token_cache_is_reused_and_follows_source_and_tokenizer(
 ):
     source, calls = tmp_path / "a.txt", []
     source.write_text("\n".join(sentences(20)))
-    tokenise = data._tokenise
-    monkeypatch.setattr(data, "_tokenise", lambda *a: (calls.append(a), tokenise(*a)))
-    first = data.TextCorpus.open([source], tokenizer).pack(32)
+    tokenise = corpora._tokenise
+    monkeypatch.setattr(corpora, "_tokenise", lambda *a: (calls.append(a), tokenise(*a)))
+    first = data.TextRows.pack(data.TextCorpus.open([source], tokenizer), 32)
     assert isinstance(first._map(0), np.memmap) and first._map(0).dtype == np.uint16
-    again = data.TextCorpus.open([source], tokenizer).pack(32)
+    again = data.TextRows.pack(data.TextCorpus.open([source], tokenizer), 32)
     assert len(calls) == 1 and np.array_equal(first.tokens(0), again.tokens(0))
     data.TextCorpus.open([source], data.Tokenizer.train(sentences(400), 30))
     assert len(calls) == 2
     source.write_text("\n".join(sentences(20, seed=9)))
-    changed = data.TextCorpus.open([source], tokenizer).pack(32)
+    changed = data.TextRows.pack(data.TextCorpus.open([source], tokenizer), 32)
     assert len(calls) == 3 and not np.array_equal(first.tokens(0), changed.tokens(0))
     source.write_text(source.read_text()[::-1])  # as long as before
     os.utime(source, (1, 1))
     assert not np.array_equal(
-        data.TextCorpus.open([source], tokenizer).pack(32).tokens(0), changed.tokens(0)
+        data.TextRows.pack(data.TextCorpus.open([source], tokenizer), 32).tokens(0), changed.tokens(0)
     )
     data.TextCorpus.open([source], tokenizer, tmp_path / "cache")
     assert len(calls) == 5 and len(list((tmp_path / "cache").iterdir())) == 2
@@ -375,11 +377,11 @@ def test_an_interrupted_cache_is_made_again(tmp_path, tokenizer, monkeypatch):
     source = tmp_path / "a.txt"
     source.write_text("\n".join(sentences(20)))
     with monkeypatch.context() as broken:
-        broken.setattr(data.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        broken.setattr(training.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             data.TextCorpus.open([source], tokenizer)
     assert list(tmp_path.iterdir()) == [source]
-    assert len(data.TextCorpus.open([source], tokenizer).pack(32))
+    assert len(data.TextRows.pack(data.TextCorpus.open([source], tokenizer), 32))
 
 
 def test_text_faults_are_one_line(tmp_path, tokenizer):
@@ -395,8 +397,8 @@ def test_text_faults_are_one_line(tmp_path, tokenizer):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write the token cache"):
         data.TextCorpus.open([tmp_path / "a.txt"], tokenizer, tmp_path / "file")
-    with pytest.raises(ValueError, match="text rows of 2 tokens"):
-        data.TextCorpus.open([tmp_path / "a.txt"], tokenizer).pack(2)
+    with pytest.raises(ValueError, match="--row-tokens 2"):
+        data.TextRows.pack(data.TextCorpus.open([tmp_path / "a.txt"], tokenizer), 2)
 
 
 # -------------------------------------------------------------------------------------------- masks

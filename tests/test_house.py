@@ -16,13 +16,13 @@ TREES = {name: ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for 
 GROUND = {"conformer", "quantizer", "losses", "training", "demo"}
 MAY_IMPORT = {
     **{name: set() for name in GROUND},
-    "corpora": {"data", "conformer"},
-    "data": {"conformer"},
+    "corpora": {"conformer", "training"},
+    "data": {"conformer", "training", "corpora"},
     "rnnt": {"conformer"},
     "decoders": {"conformer", "rnnt"},
-    "pretrain": GROUND | {"data"},
-    "evaluate": GROUND | {"data", "decoders", "rnnt", "pretrain"},
-    "finetune": GROUND | {"data", "decoders", "rnnt", "pretrain", "evaluate"},
+    "pretrain": GROUND | {"corpora", "data"},
+    "evaluate": GROUND | {"corpora", "data", "decoders", "rnnt", "pretrain"},
+    "finetune": GROUND | {"corpora", "data", "decoders", "rnnt", "pretrain", "evaluate"},
 }
 
 

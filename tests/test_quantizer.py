@@ -184,6 +184,7 @@ def test_an_exponential_sample_of_exactly_zero_is_no_infinite_noise(monkeypatch)
     assert torch.isfinite(q.vectors).all() and torch.isfinite(module.logits.weight.grad).all()
 
 
+@torch.no_grad()
 def test_codebooks_start_as_in_wav2vec():
     torch.manual_seed(0)
     module = GumbelQuantizer(64, 1, 256, 64, SCHEDULE)
