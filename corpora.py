@@ -87,6 +87,7 @@ def parse_rows(buffer: bytes) -> Iterator[tuple[int, int, int, object]]:
 
 
 def read_bytes(path: Path, what: str) -> bytes:
+    """The whole file. Raises FileNotFoundError naming what it should have been."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{what} {path}: no such file")
     return Path(path).read_bytes()

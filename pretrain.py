@@ -680,6 +680,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         model.load_state_dict(resumed["model"])
         start_step, carried = resumed["step"], resumed["carried"]
         if start_step >= args.max_steps:
+            ranks.log(f"{path}: this run has made its {args.max_steps} steps; raise --max-steps, or choose another --out-dir")
+            return
+        if start_step >= args.max_steps:
             ranks.log(f"finished: {path} is at step {start_step} of {args.max_steps}; raise --max-steps to go on")
             return
     elif initial:

@@ -243,7 +243,7 @@ def train(
     Raises:  FloatingPointError after args.max_bad_steps steps in a row with non-finite gradients, on all ranks alike.
     """
     stop, parameters = StopSignal(), [p for p in model.parameters() if p.requires_grad]
-    replicas = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
+    replicas = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world_size > 1 else model
     local = range(ranks.rank, args.micro_batches, ranks.world_size)
     sums, window_start, window_steps, data_wait = Sums(), time.perf_counter(), 0, 0.0
     bad_steps = skipped_total = torch.zeros((), device=ranks.device)

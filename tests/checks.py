@@ -23,7 +23,7 @@ from losses import Loss
 
 MICRO = dict(
     vocab_size=40, speech_layers=2, mm_layers=2, d_model=32, d_ff=48, n_heads=2, conv_kernel=5,
-    subsample_channels=4, norm_groups=8, dropout=0.0, n_codes=8, code_dim=16, conv_grad_scale=1.0,
+    subsample_channels=4, norm_groups=8, dropout=0.0, n_codes=8, code_dim=16,
 )  # fmt: skip
 
 
@@ -407,7 +407,7 @@ class _StopAtStep:
     """Stands for an optimiser."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.param_groups = model, [{}]
+        self.model, self.param_groups = model, [{"lr_scale": 1.0}]
 
     def step(self) -> None:
         raise _Stepped(self.model.weight.grad.clone())

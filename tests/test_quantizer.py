@@ -194,6 +194,8 @@ def test_codebooks_start_as_in_wav2vec():
     )
     assert 0 <= float(module.codebook.min()) and float(module.codebook.max()) <= 1
     assert abs(float(module.codebook.mean()) - 0.5) < 0.02
+    normal = GumbelQuantizer(64, 1, 256, 64, SCHEDULE, "normal").codebook
+    assert abs(float(normal.mean())) < 0.05 and abs(float(normal.std()) - 1) < 0.05
 
 
 def test_xl_quantizer_has_the_counted_parameters():
