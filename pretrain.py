@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -315,9 +316,7 @@ def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
                 data.librispeech_manifest(root / "LibriSpeech", path, splits)
         if not (prepared / "tokenizer.model").exists():
             with open(root / "text" / "train.txt", encoding="utf-8") as lines:
-                data.Tokenizer.train(lines, sized(args.size).vocab_size if args.size == "tiny" else 512, "lower").save(
-                    prepared / "tokenizer.model"
-                )
+                data.Tokenizer.train(lines, DEMO_VOCABULARY, "lower").save(prepared / "tokenizer.model")
     ranks.wait()
     args.speech, args.paired, args.dev_speech = (str(prepared / f"{n}.jsonl") for n in DEMO_MANIFESTS)
     args.dev_paired = args.dev_speech
@@ -325,6 +324,7 @@ def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
     args.tokenizer = args.tokenizer or prepared / "tokenizer.model"
 
 
+DEMO_VOCABULARY = SIZES["tiny"].vocab_size
 DEMO_MANIFESTS = {
     "speech": ["train-clean-100", "train-other-500"],
     "paired": ["train-clean-100"],
@@ -642,8 +642,40 @@ def find_tokenizer(args: argparse.Namespace, objectives: Objectives, checkpoint:
     return kept or given
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Everything from the command line to curves.png."""
+@dataclasses.dataclass
+class Run:
+    """All that a run consists of once its arguments have been understood."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    model: SlamPretraining
+    optimizer: torch.optim.Optimizer
+    rows: dict[str, Any]
+    dev_rows: dict[str, Any]
+    plans: dict[str, data.BatchPlan]
+    tokenizer: data.Tokenizer | None
+    identity: dict[str, Any]  # what a checkpoint must have in common with this run to be resumed
+    start_step: int
+    carried: dict[str, Tensor]  # weights of an earlier stage that this one does not build
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint on rank 0."""
+        if self.ranks.rank == 0:
+            model_bytes = list(self.tokenizer.model_bytes) if self.tokenizer else None
+            training.save_checkpoint(self.args.out_dir, step, {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "config": dataclasses.asdict(self.model.config),
+                "modalities": list(self.model.encoder.modalities),
+                "tokenizer": torch.tensor(model_bytes, dtype=torch.uint8) if model_bytes else None,
+                "args": {"micro_batches": self.args.micro_batches},
+                "run": self.identity,
+                "carried": self.carried,
+            }, self.args.keep_last)  # fmt: skip
+
+
+def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
+    """From the command line to a run that can start; None when there is nothing to run (--dry-run, or it is done)."""
     objectives = resolve(args, ranks)
     resumed, initial, path = find_start(args)
     resolve_micro_batches(args, ranks, resumed)
@@ -651,109 +683,89 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     if args.dry_run and not any(given):
         with torch.device("meta"):
             ranks.log(describe(SlamPretraining(sized(args.size), objectives), {}, args))
-        return
+        return None
     if not any(given):
         demo_paths(args, ranks)
     tokenizer = find_tokenizer(args, objectives, resumed or initial)
     config = sized(args.size, vocab_size=tokenizer.vocab_size if tokenizer else sized(args.size).vocab_size)
-    rows = load_rows(args, objectives, tokenizer, dev=False)
+    for turn in (True, False):  # local rank 0 first: it writes the token cache that the others find
+        if turn == (ranks.local_rank == 0):
+            rows, dev_rows = (load_rows(args, objectives, tokenizer, dev) for dev in (False, True))
+        ranks.wait()
     plans = make_plans(rows, args)
     if args.dry_run:
         with torch.device("meta"):
             ranks.log(describe(SlamPretraining(config, objectives), plans, args))
-        return
+        return None
     for name, its in rows.items():
         for reason, n in getattr(its, "left_out", {}).items():
             ranks.log(f"{name}: {n} rows left out: {reason}")
         if getattr(its, "widened", 0):
-            ranks.log(f"{name}: {its.widened} rows have no transcript of another within 10% of their length; wider ones are drawn")
+            ranks.log(f"{name}: {its.widened} rows have no other transcript within 10% of their length; wider ones are drawn")
 
     torch.manual_seed(args.seed)
-    dtype = torch.float64 if args.dtype == "fp64" else torch.float32
-    model = SlamPretraining(config, objectives).to(ranks.device, dtype)
+    model = SlamPretraining(config, objectives).to(ranks.device, torch.float64 if args.dtype == "fp64" else torch.float32)
     if "text" in rows:
         model.unigram.copy_(unigram_of(rows, config.vocab_size))
-    now = fingerprint(args, config, objectives, rows)
-    start_step, carried = 0, {}
+    identity, start_step, carried = fingerprint(args, config, objectives, rows), 0, {}
     if resumed:
-        check_same_run(resumed["run"], now, path)
-        model.load_state_dict(resumed["model"])
+        check_same_run(resumed["run"], identity, path)
         start_step, carried = resumed["step"], resumed["carried"]
         if start_step >= args.max_steps:
             ranks.log(f"{path}: this run has made its {args.max_steps} steps; raise --max-steps, or choose another --out-dir")
-            return
-        if start_step >= args.max_steps:
-            ranks.log(f"finished: {path} is at step {start_step} of {args.max_steps}; raise --max-steps to go on")
-            return
+            return None
+        model.load_state_dict(resumed["model"])
+        ranks.log(f"resumed {path} at step {start_step}")
     elif initial:
         carried = initialise(model, initial, ranks)
     elif "speech" in objectives.modalities:
         mean, std = data.feature_statistics(rows["speech"].manifest, seed=args.seed)
         model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
         model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
-    lr_scales = dict.fromkeys(TARGET_PARTS, config.target_lr_scale)
-    optimizer = training.make_optimizer(model, args.weight_decay, lr_scales)
+    optimizer = training.make_optimizer(model, args.weight_decay, dict.fromkeys(TARGET_PARTS, config.target_lr_scale))
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
-        ranks.log(f"resumed {path} at step {start_step}")
-    del resumed, initial
     training.make_fast(model, args.fast, ranks.device)
-    ranks.log(describe(model, plans, args))
-    dev_rows = load_rows(args, objectives, tokenizer, dev=True)
-    follow(model, rows, plans, dev_rows, args, ranks, start_step, optimizer,
-           extra={"carried": carried, "run": now, "tokenizer": tokenizer})  # fmt: skip
+    return Run(args, ranks, model, optimizer, rows, dev_rows, plans, tokenizer, identity, start_step, carried)
 
 
-def follow(model, rows, plans, dev_rows, args, ranks, start_step, optimizer, extra) -> None:
-    """Train, and log, evaluate and save on the way."""
-    config = model.config
+def follow(run: Run) -> bool:
+    """Train, and log, evaluate and save on the way. Returns False when a signal stopped it."""
+    args, ranks, model = run.args, run.ranks, run.model
     log = None
     if ranks.rank == 0:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         plain = {k: (str(v) if isinstance(v, Path) else v) for k, v in vars(args).items()}
-        about = {"argv": sys.argv, "args": plain, "config": dataclasses.asdict(config), "versions": training.versions()}
+        about = {"argv": sys.argv, "args": plain, "config": dataclasses.asdict(model.config), "versions": training.versions()}
         (args.out_dir / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-        log = training.MetricsLog(args.out_dir, start_step)
-    bar = training.progress_bar(args.max_steps, start_step, ranks)
+        log = training.MetricsLog(args.out_dir, run.start_step)
+    show = training.progress_bar(args.max_steps, run.start_step, ranks)
+    n_codes = model.config.n_codes if hasattr(model, "quantizer") else None
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
-        if ranks.rank:
-            return
-        log.write(step, metrics)
-        bar(step, progress_line(step, args, metrics, model.objectives))
-        n_codes = config.n_codes if hasattr(model, "quantizer") else None
-        for alarm in training.check_alarms(metrics, step, args.warmup_steps, n_codes):
-            ranks.log(f"ALARM step {step}: {alarm}")
+        if ranks.rank == 0:
+            log.write(step, metrics)
+            show(step, progress_line(step, args, metrics, model.objectives))
+            for alarm in training.check_alarms(metrics, step, args.warmup_steps, n_codes):
+                ranks.log(f"ALARM step {step}: {alarm}")
 
     def on_eval(step: int) -> None:
-        if not dev_rows:
-            return
-        metrics = evaluate(model, dev_rows, args, ranks)
-        if ranks.rank == 0:
-            log.write(step, {f"dev/{k}": v for k, v in metrics.items()})
-            ranks.log(f"held out, step {step}\n{summary_table(metrics, model.objectives)}")
+        if run.dev_rows:
+            metrics = evaluate(model, run.dev_rows, args, ranks)
+            if ranks.rank == 0:
+                log.write(step, {f"dev/{k}": v for k, v in metrics.items()})
+                ranks.log(f"held out, step {step}\n{summary_table(metrics, model.objectives)}")
 
-    def on_save(step: int) -> None:
-        if ranks.rank == 0:
-            tokenizer = extra["tokenizer"]
-            stored = torch.tensor(list(tokenizer.model_bytes), dtype=torch.uint8) if tokenizer else None
-            training.save_checkpoint(args.out_dir, step, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": dataclasses.asdict(config),
-                "modalities": list(model.encoder.modalities), "args": {"micro_batches": args.micro_batches},
-                "carried": extra["carried"], "run": extra["run"], "tokenizer": stored,
-            }, args.keep_last)  # fmt: skip
-
-    dataset = data.PretrainData(**{name: (rows[name], plans[name]) for name in rows})
+    dataset = data.PretrainData(**{name: (run.rows[name], run.plans[name]) for name in run.rows})
     own = range(ranks.rank, args.micro_batches, ranks.world_size)
-    order = ((step, k) for step in range(start_step, args.max_steps) for k in own)
-    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers)
+    order = ((step, k) for step in range(run.start_step, args.max_steps) for k in own)
+    batches = iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers))
     finished = training.train(
-        model, iter(loader), args, ranks, start_step, optimizer=optimizer, on_log=on_log, on_save=on_save, on_eval=on_eval
+        model, batches, args, ranks, run.start_step, optimizer=run.optimizer, on_log=on_log, on_save=run.save, on_eval=on_eval
     )
     if finished and ranks.rank == 0:
         ranks.log(f"curves: {draw_curves(args.out_dir, model.objectives)}")
-    if not finished:
-        raise SystemExit(143)
+    return finished
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -761,7 +773,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     ranks = training.setup_ranks()
     try:
-        run(args, ranks)
+        run = prepare(args, ranks)
+        if run is not None:
+            ranks.log(describe(run.model, run.plans, args))
+            if not follow(run):
+                raise SystemExit(128 + signal.SIGTERM)  # as if the signal had ended it, so that scripts do not go on
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

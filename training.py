@@ -190,14 +190,19 @@ class Sums:
         self.values[key] = self.values[key] + value if key in self.values else value
 
     def reduced(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Summed over ranks, on the CPU: one all-reduce for all of them. A rank without a batch for a key adds zero."""
-        shapes = ranks.union({key: value.shape for key, value in self.values.items()})
+        """Summed over ranks, on the CPU, with one all-reduce. A rank that added nothing under a key counts as zero."""
+        shapes = {key: tuple(value.shape) for key, value in self.values.items()}
+        if ranks.world_size > 1:
+            of_ranks: list[dict[str, tuple[int, ...]]] = [{}] * ranks.world_size
+            dist.all_gather_object(of_ranks, shapes)
+            shapes = {key: shape for its in of_ranks for key, shape in its.items()}
         if not shapes:
             return {}
+        keys = sorted(shapes)
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        own = [self.values.get(key, zero.expand(shape)).reshape(-1) for key, shape in sorted(shapes.items())]
-        parts = ranks.sum(torch.cat(own)).cpu().split([part.numel() for part in own])
-        return {key: part.view(shape) for (key, shape), part in zip(sorted(shapes.items()), parts)}
+        flat = ranks.sum(torch.cat([self.values.get(key, zero.expand(shapes[key])).reshape(-1) for key in keys])).cpu()
+        parts = flat.split([math.prod(shapes[key]) for key in keys])
+        return {key: part.view(shapes[key]) for key, part in zip(keys, parts)}
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -260,7 +265,7 @@ def train(
             on_save(step)
             ranks.log(f"stopped by a signal: {step} steps are saved, the same command goes on from there")
             return False
-        counts = {n: torch.tensor(c, device=ranks.device) for n, c in zip(model.objectives, total)}
+        counts = {n: torch.tensor(c, dtype=torch.float64, device=ranks.device) for n, c in zip(model.objectives, total)}
         scales = loss_scales(counts, args.loss_weights, ranks.world_size)
 
         lr = inverse_sqrt(step, args.lr, args.warmup_steps)

@@ -29,7 +29,9 @@ import training
 
 ROOT = Path(pretrain.__file__).parent
 ALONE = training.Ranks(0, 0, 1, torch.device("cpu"))
-WORDS = "the a red old cat dog ship house sees likes finds and two three under over near big".split()
+WORDS = (
+    "the a red old cat dog ship house sees likes finds and two three under over near big".split()
+)
 MICRO = dict(
     speech_layers=1, mm_layers=2, d_model=32, d_ff=64, n_heads=2, conv_kernel=5, subsample_channels=4, norm_groups=8,
     n_codes=16, code_dim=16, lr=5e-3, warmup_steps=3, max_steps=2, batch_s=6.0, batch_paired_s=5.0, batch_tokens=240,
@@ -87,7 +89,9 @@ def options(corpus: dict[str, Path], out_dir: Path, *more: object) -> list[str]:
         "speech": corpus["speech"], "text": corpus["text"], "paired": corpus["speech"], "dev-speech": corpus["dev"],
         "dev-text": corpus["dev_text"], "dev-paired": corpus["dev"], "tokenizer": corpus["tokenizer"], "out-dir": out_dir,
     }  # fmt: skip
-    return [str(part) for name, path in files.items() for part in (f"--{name}", path)] + [str(part) for part in more]
+    return [str(part) for name, path in files.items() for part in (f"--{name}", path)] + [
+        str(part) for part in more
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +106,13 @@ def start(script: Path, arguments: list[str], n_ranks: int = 1) -> subprocess.Po
     """A run in processes of its own, alone or under torchrun."""
     launcher = [sys.executable]
     if n_ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(n_ranks),
+        ]
     return subprocess.Popen(
         [*launcher, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
@@ -159,10 +169,15 @@ def assert_same_end(left: Path, right: Path) -> None:
 @contextlib.contextmanager
 def micro_size():
     """The smaller `tiny` in this process, on one thread as in the others; signal handlers are put back."""
-    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    threads, handlers = (
+        torch.get_num_threads(),
+        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
+    )
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conformer.SIZES, "tiny", dataclasses.replace(conformer.SIZES["tiny"], **MICRO))
+        patch.setitem(
+            conformer.SIZES, "tiny", dataclasses.replace(conformer.SIZES["tiny"], **MICRO)
+        )
         yield
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
@@ -192,14 +207,27 @@ def prepare(corpus: dict[str, Path], *more: object):
     dataset = data.PretrainData(**{name: (rows[name], plans[name]) for name in rows})
     torch.manual_seed(0)
     dtype = torch.float64 if args.dtype == "fp64" else torch.float32
-    model = pretrain.SlamPretraining(conformer.sized(args.size, vocab_size=tokenizer.vocab_size), objectives).to(dtype)
+    model = pretrain.SlamPretraining(
+        conformer.sized(args.size, vocab_size=tokenizer.vocab_size), objectives
+    ).to(dtype)
     return model, dataset, pretrain.load_rows(args, objectives, tokenizer, dev=True), args
 
 
 # ---------------------------------------------------------------------------------------------- ranks
 
 N_STEPS, SAVE_EVERY = 24, 5
-WHOLE = ("--max-steps", N_STEPS, "--save-every", SAVE_EVERY, "--log-every", 1, "--micro-batches", 2, "--eval-every", 10)
+WHOLE = (
+    "--max-steps",
+    N_STEPS,
+    "--save-every",
+    SAVE_EVERY,
+    "--log-every",
+    1,
+    "--micro-batches",
+    2,
+    "--eval-every",
+    10,
+)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +270,18 @@ def test_micro_batches_of_a_step_hold_different_counts(corpus, micro):
 
 def test_two_ranks_do_what_one_process_does_in_float64(corpus, tmp_path):
     """The program itself at its own smallest size: every logged loss of 20 steps to 1e-6, relative."""
-    more = ("--dtype", "fp64", "--max-steps", 20, "--warmup-steps", 4, "--log-every", 1, "--save-every", 1000)
+    more = (
+        "--dtype",
+        "fp64",
+        "--max-steps",
+        20,
+        "--warmup-steps",
+        4,
+        "--log-every",
+        1,
+        "--save-every",
+        1000,
+    )
     more += ("--batch-s", 4, "--batch-paired-s", 4, "--batch-tokens", 160, "--row-tokens", 48)
     program = ROOT / "pretrain.py"
     finish(start(program, options(corpus, tmp_path / "2", *more), n_ranks=2))
@@ -250,7 +289,9 @@ def test_two_ranks_do_what_one_process_does_in_float64(corpus, tmp_path):
     one, two = metrics_of(tmp_path / "1"), metrics_of(tmp_path / "2")
     assert [row["step"] for row in one] == list(range(1, 21))
     assert_close_logs(one, two, 1e-6, r"loss|count|chance|grad_norm|ppl|lr")
-    assert_close_logs(dev_metrics_of(tmp_path / "1"), dev_metrics_of(tmp_path / "2"), 1e-6, r"dev/(loss|count)")
+    assert_close_logs(
+        dev_metrics_of(tmp_path / "1"), dev_metrics_of(tmp_path / "2"), 1e-6, r"dev/(loss|count)"
+    )
     a, b = (training.load_checkpoint(tmp_path / n)["model"] for n in "12")
     assert a.keys() == b.keys()
     for name in a:
@@ -315,7 +356,9 @@ def killed_together(corpus, micro_main, tmp_path_factory) -> tuple[Path, Path, i
     return out_dir, copied, step
 
 
-def test_a_killed_run_on_two_ranks_resumes_bit_for_bit(together, killed_together, corpus, micro_main):
+def test_a_killed_run_on_two_ranks_resumes_bit_for_bit(
+    together, killed_together, corpus, micro_main
+):
     out_dir, _, _ = killed_together
     finish(start(micro_main, options(corpus, out_dir, *WHOLE), n_ranks=2))
     assert_same_end(together[0], out_dir)
@@ -335,7 +378,9 @@ def test_a_run_resumes_on_another_number_of_ranks_with_its_own_micro_batches(
     assert_close_logs(one, two, 0, r"count/(stm|span_lm|tlm|code_mlm)")
 
 
-def test_sigterm_saves_exits_with_143_and_resumes_bit_for_bit(alone, corpus, micro_main, micro, tmp_path):
+def test_sigterm_saves_exits_with_143_and_resumes_bit_for_bit(
+    alone, corpus, micro_main, micro, tmp_path
+):
     command = options(corpus, tmp_path, *WHOLE)
     process = start(micro_main, command)
     wait_for_step(process, tmp_path, SAVE_EVERY + 1)
@@ -354,15 +399,23 @@ def test_resume_takes_a_checkpoint_of_another_folder(alone, corpus, micro, tmp_p
     assert earlier.name == "step_0000020.pt"
     run_here([*options(corpus, tmp_path, *WHOLE), "--resume", earlier])
     assert [row["step"] for row in metrics_of(tmp_path)] == [21, 22, 23, 24]
-    assert_same_tensors(training.load_checkpoint(tmp_path)["model"], training.load_checkpoint(out_dir)["model"])
+    assert_same_tensors(
+        training.load_checkpoint(tmp_path)["model"], training.load_checkpoint(out_dir)["model"]
+    )
 
 
 def test_a_finished_run_says_so_and_is_left_as_it_is(alone, corpus, micro):
     out_dir, _ = alone
-    kept = {path: path.read_bytes() for path in (out_dir / "metrics.jsonl", *(out_dir / "ckpt").iterdir())}
+    kept = {
+        path: path.read_bytes()
+        for path in (out_dir / "metrics.jsonl", *(out_dir / "ckpt").iterdir())
+    }
     printed = run_here(options(corpus, out_dir, *WHOLE))
     assert "finished" in printed
-    assert {path: path.read_bytes() for path in (out_dir / "metrics.jsonl", *(out_dir / "ckpt").iterdir())} == kept
+    assert {
+        path: path.read_bytes()
+        for path in (out_dir / "metrics.jsonl", *(out_dir / "ckpt").iterdir())
+    } == kept
 
 
 def test_a_finished_run_goes_on_when_it_gets_more_steps(alone, corpus, micro, tmp_path):
@@ -385,7 +438,9 @@ def error_of(capsys, arguments: list[object]) -> str:
         pretrain.main([str(part) for part in arguments])
     printed = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert printed.startswith("error: ") and printed.count("\n") == 1 and "Traceback" not in printed, printed
+    assert (
+        printed.startswith("error: ") and printed.count("\n") == 1 and "Traceback" not in printed
+    ), printed
     return printed
 
 
@@ -408,8 +463,19 @@ def test_every_step_is_logged_once_with_all_its_numbers(alone):
     logged = metrics_of(alone[0])
     assert [row["step"] for row in logged] == list(range(1, N_STEPS + 1))
     names = ["contrastive", "code_mlm", "span_lm", "tlm_text", "tlm_speech", "stm"]
-    keys = {"step", "loss", "loss/diversity", "ppl/code", "ppl/code_soft", "lr", "grad_norm", "skipped_steps"}
-    keys |= {"step_ms", "data_wait_ms"} | {f"{kind}/{name}" for name in names for kind in ("loss", "acc", "chance")}
+    keys = {
+        "step",
+        "loss",
+        "loss/diversity",
+        "ppl/code",
+        "ppl/code_soft",
+        "lr",
+        "grad_norm",
+        "skipped_steps",
+    }
+    keys |= {"step_ms", "data_wait_ms"} | {
+        f"{kind}/{name}" for name in names for kind in ("loss", "acc", "chance")
+    }
     for row in logged:
         assert keys <= row.keys()
         assert all(math.isfinite(row[key]) for key in keys)
@@ -417,7 +483,9 @@ def test_every_step_is_logged_once_with_all_its_numbers(alone):
         assert row["loss"] == pytest.approx(total, rel=1e-6)
         assert all(0 <= row[f"{kind}/{name}"] <= 1 for kind in ("acc", "chance") for name in names)
         assert 1 <= row["ppl/code"] <= MICRO["n_codes"]
-    rates = [training.inverse_sqrt(step, MICRO["lr"], MICRO["warmup_steps"]) for step in range(N_STEPS)]
+    rates = [
+        training.inverse_sqrt(step, MICRO["lr"], MICRO["warmup_steps"]) for step in range(N_STEPS)
+    ]
     assert [row["lr"] for row in logged] == pytest.approx(rates)
     held_out = dev_metrics_of(alone[0])
     assert [row["step"] for row in held_out] == [10, 20, N_STEPS]
@@ -430,7 +498,16 @@ def test_a_finished_run_leaves_curves_a_table_and_a_checkpoint_to_extract_from(a
     assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "curves.png" in printed
     table = printed[printed.rindex("held out") :]
-    for name in ("contrastive", "code_mlm", "span_lm", "tlm_text", "tlm_speech", "stm", "retrieval", "codes in use"):
+    for name in (
+        "contrastive",
+        "code_mlm",
+        "span_lm",
+        "tlm_text",
+        "tlm_speech",
+        "stm",
+        "retrieval",
+        "codes in use",
+    ):
         assert name in table
     config = json.loads((out_dir / "config.json").read_text())
     assert config["config"]["d_model"] == MICRO["d_model"] and config["args"]["seed"] == 0
@@ -469,13 +546,19 @@ LOSSES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_trains_its_losses_and_no_others(corpus, micro, tmp_path, mode):
-    printed = run_here([*options(corpus, tmp_path, "--max-steps", 2, "--log-every", 1), *MODES[mode]])
+    printed = run_here(
+        [*options(corpus, tmp_path, "--max-steps", 2, "--log-every", 1), *MODES[mode]]
+    )
     logged, held_out = metrics_of(tmp_path), dev_metrics_of(tmp_path)
     assert [row["step"] for row in logged] == [1, 2]
     for row in logged:
-        assert {key for key in row if key.startswith("loss/")} == {f"loss/{name}" for name in LOSSES[mode]}
+        assert {key for key in row if key.startswith("loss/")} == {
+            f"loss/{name}" for name in LOSSES[mode]
+        }
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped_steps"] == 0
-    assert {key for key in held_out[-1] if key.startswith("dev/loss/")} == {f"dev/loss/{n}" for n in LOSSES[mode]}
+    assert {key for key in held_out[-1] if key.startswith("dev/loss/")} == {
+        f"dev/loss/{n}" for n in LOSSES[mode]
+    }
     assert "curves" in printed
 
 
@@ -485,7 +568,9 @@ def test_each_mode_builds_just_what_it_trains(corpus, micro, mode):
     model, dataset, _, _ = prepare(corpus, *MODES[mode])
     model.train()
     batch = dataset[0, 0]
-    scales = training.loss_scales({n: torch.tensor(c) for n, c in model.counts(batch).items()}, {}, 1)
+    scales = training.loss_scales(
+        {n: torch.tensor(c) for n, c in model.counts(batch).items()}, {}, 1
+    )
     out, _ = model(batch)
     assert sorted(out) == sorted(LOSSES[mode]) == sorted(model.objectives)
     sum(loss.sum * scales[name] for name, loss in out.items()).backward()
@@ -501,7 +586,9 @@ def test_counts_known_before_the_forward_pass_are_those_of_the_losses(corpus, mi
         batch = dataset[step, 1]
         out, _ = model(batch)
         for name, count in model.counts(batch).items():
-            assert float(out[name].count) == count or (name == "contrastive" and float(out[name].count) < count), name
+            assert float(out[name].count) == count or (
+                name == "contrastive" and float(out[name].count) < count
+            ), name
 
 
 def test_each_mode_without_held_out_data_trains_too(corpus, micro, tmp_path):
@@ -536,7 +623,9 @@ def test_stages_carry_weights_and_the_temperature_but_no_optimiser_state(corpus,
     for name, weight in one["model"].items():
         if name != "quantizer.step":
             assert torch.equal(began["model"][name], weight), name
-    assert {name.split(".")[0] for name in began["model"].keys() - one["model"].keys()} == {"match_head"}
+    assert {name.split(".")[0] for name in began["model"].keys() - one["model"].keys()} == {
+        "match_head"
+    }
 
     # Other audio: normalisation, were it estimated again, would differ.
     two = stage("2", "1", "--max-steps", 2, "--speech", corpus["other"])
@@ -545,7 +634,11 @@ def test_stages_carry_weights_and_the_temperature_but_no_optimiser_state(corpus,
     assert not torch.equal(two["model"]["text_head.weight"], one["model"]["text_head.weight"])
 
     three = stage("3", "2", "--modalities", "speech", "--max-steps", 2, "--weight-decay", 0.5)
-    text = {name for name in two["model"] if name.startswith(("encoder.text", "text_head", "match_head"))}
+    text = {
+        name
+        for name in two["model"]
+        if name.startswith(("encoder.text", "text_head", "match_head"))
+    }
     assert three["carried"].keys() == text and len(text) >= 7
     assert_same_tensors(three["carried"], {name: two["model"][name] for name in text})
     assert three["model"].keys() == two["model"].keys() - text
@@ -562,13 +655,19 @@ def test_stages_carry_weights_and_the_temperature_but_no_optimiser_state(corpus,
     for stage_end, own_steps in ((two, 2), (three, 2), (again, 1)):
         states = stage_end["optimizer"]["state"].values()
         assert {int(state["step"]) for state in states} == {own_steps}
-    n_trained = sum(1 for name in three["model"] if not name.startswith(("quantizer.step", "encoder.speech.feature_")))
+    n_trained = sum(
+        1
+        for name in three["model"]
+        if not name.startswith(("quantizer.step", "encoder.speech.feature_"))
+    )
     assert len(three["optimizer"]["state"]) == n_trained
 
 
 def test_carried_weights_survive_a_resume(corpus, micro, tmp_path):
     run_here(options(corpus, tmp_path / "joint", "--max-steps", 1))
-    command = options(corpus, tmp_path / "speech", "--modalities", "speech", "--init", tmp_path / "joint")
+    command = options(
+        corpus, tmp_path / "speech", "--modalities", "speech", "--init", tmp_path / "joint"
+    )
     run_here([*command, "--max-steps", 1])
     first = training.load_checkpoint(tmp_path / "speech")
     run_here([*command, "--max-steps", 2])
@@ -601,28 +700,40 @@ def rows_of_text(text: data.TextBatch, rows: list[int]) -> data.TextBatch:
     at = torch.cat(parts)
     place = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)])
     index = text.masked_index[at] % U + place * U
-    return data.TextBatch(text.tokens[rows], text.lens[rows], index, text.masked_weight[at], text.targets[at])
+    return data.TextBatch(
+        text.tokens[rows], text.lens[rows], index, text.masked_weight[at], text.targets[at]
+    )
 
 
 def rows_of_speech(speech: data.SpeechBatch, rows: list[int]) -> data.SpeechBatch:
     masked = speech.masked[rows]
     index = masked.flatten().nonzero()[:, 0]
-    return data.SpeechBatch(speech.features[rows], speech.feature_lens[rows], masked, index, torch.ones(len(index)))
+    return data.SpeechBatch(
+        speech.features[rows], speech.feature_lens[rows], masked, index, torch.ones(len(index))
+    )
 
 
 def rows_of_pairs(pairs: data.PairBatch, rows: list[int]) -> data.PairBatch:
     others = ("negative_tokens", "negative_lens", "clean_tokens", "clean_negative_tokens")
     parts = {name: getattr(pairs, name)[rows] for name in others}
-    return data.PairBatch(rows_of_speech(pairs.speech, rows), rows_of_text(pairs.text, rows), **parts)
+    return data.PairBatch(
+        rows_of_speech(pairs.speech, rows), rows_of_text(pairs.text, rows), **parts
+    )
 
 
 def rows_of(batch: data.Batch, rows: dict[str, list[int]]) -> data.Batch:
     kinds = {"speech": rows_of_speech, "text": rows_of_text, "pairs": rows_of_pairs}
-    return data.Batch(**{name: kinds[name](getattr(batch, name), its) for name, its in rows.items()})
+    return data.Batch(
+        **{name: kinds[name](getattr(batch, name), its) for name, its in rows.items()}
+    )
 
 
 def row_numbers(batch: data.Batch) -> dict[str, list[int]]:
-    lens = {"speech": batch.speech.feature_lens, "text": batch.text.lens, "pairs": batch.pairs.text.lens}
+    lens = {
+        "speech": batch.speech.feature_lens,
+        "text": batch.text.lens,
+        "pairs": batch.pairs.text.lens,
+    }
     return {name: list(range(len(its))) for name, its in lens.items()}
 
 
@@ -631,9 +742,21 @@ def still_model(corpus, micro, monkeypatch):
     """(model in float64 and eval mode, whose masked frames hold nothing random; a batch with several rows a stream)."""
     monkeypatch.setattr(pretrain.SlamPretraining, "mask_fill", faint)
     model, dataset, _, _ = prepare(
-        corpus, "--align", "tlm,stm,ctc", "--dtype", "fp64", "--batch-s", 16, "--batch-paired-s", 16, "--batch-tokens", 600
+        corpus,
+        "--align",
+        "tlm,stm,ctc",
+        "--dtype",
+        "fp64",
+        "--batch-s",
+        16,
+        "--batch-paired-s",
+        16,
+        "--batch-tokens",
+        600,
     )
-    batch = next(b for b in (dataset[s, 0] for s in range(8)) if min(map(len, row_numbers(b).values())) >= 4)
+    batch = next(
+        b for b in (dataset[s, 0] for s in range(8)) if min(map(len, row_numbers(b).values())) >= 4
+    )
     return model.eval(), batch
 
 
@@ -653,7 +776,10 @@ def test_losses_of_a_batch_are_the_sums_over_its_parts(still_model):
         assert float(split[0][name].count) > 0
         for field in ("sum", "count"):
             expected = sum(float(getattr(part[name], field)) for part in split)
-            assert float(getattr(whole[name], field)) == pytest.approx(expected, rel=1e-9), (name, field)
+            assert float(getattr(whole[name], field)) == pytest.approx(expected, rel=1e-9), (
+                name,
+                field,
+            )
 
 
 @pytest.mark.parametrize("doubled", ["text", "pairs", "speech"])
@@ -668,7 +794,11 @@ def test_doubling_one_stream_leaves_the_mean_of_every_loss(still_model, doubled)
         assert means[1] == pytest.approx(means[0], rel=1e-9), name
         if float(twice[name].count) == 2 * float(once[name].count):
             grown.add(name)
-    streams = {"text": {"span_lm"}, "speech": {"code_mlm", "diversity"}, "pairs": {*ALIGN, "stm", "ctc"}}
+    streams = {
+        "text": {"span_lm"},
+        "speech": {"code_mlm", "diversity"},
+        "pairs": {*ALIGN, "stm", "ctc"},
+    }
     assert grown == streams[doubled]
 
 
@@ -697,15 +827,21 @@ def test_evaluation_probes_alignment_and_is_the_same_each_time(corpus, micro):
     assert first["count/retrieval"] == 6 and first["chance/retrieval"] == pytest.approx(1 / 6)
     assert {"acc/retrieval", "acc/tlm_text_wrong_speech", "acc/stm"} <= first.keys()
     assert all(0 <= value <= 1 for name, value in first.items() if name.startswith("acc/"))
-    n_tokens = sum(data.mask_budget(int(n), data.TLM_TEXT_MASK) for n in dev_rows["pairs"].text_lens)
+    n_tokens = sum(
+        data.mask_budget(int(n), data.TLM_TEXT_MASK) for n in dev_rows["pairs"].text_lens
+    )
     assert first["count/tlm_text"] == n_tokens and first["count/stm"] == 2 * 6
 
 
 @pytest.mark.parametrize("favourite, share", [(0, 1 / 6), (99, 0.0)])
-def test_retrieval_counts_queries_whose_own_text_scores_highest(corpus, micro, monkeypatch, favourite, share):
+def test_retrieval_counts_queries_whose_own_text_scores_highest(
+    corpus, micro, monkeypatch, favourite, share
+):
     """A model that always prefers the same candidate finds one of six; a constant score finds the first."""
     model, _, dev_rows, args = prepare(corpus)
-    monkeypatch.setattr(model, "match_logit", lambda top, start: (torch.arange(len(start)) == favourite).float())
+    monkeypatch.setattr(
+        model, "match_logit", lambda top, start: (torch.arange(len(start)) == favourite).float()
+    )
     found = pretrain.retrieval(model, dev_rows["pairs"], args, ALONE)
     assert found["acc/retrieval"] == pytest.approx(share if favourite < 6 else 1 / 6)
 
@@ -779,11 +915,17 @@ def test_micro_batches_must_be_a_multiple_of_the_ranks(corpus):
 def test_the_program_prints_help_and_errors_without_a_trace(tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, str(ROOT / "pretrain.py"), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, str(ROOT / "pretrain.py"), *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     shown = run("--help")
-    assert shown.returncode == 0 and "--speech" in shown.stdout and "--micro-batches" in shown.stdout
+    assert (
+        shown.returncode == 0 and "--speech" in shown.stdout and "--micro-batches" in shown.stdout
+    )
     wrong = run("--modalities", "speech", "--align", "tlm")
     assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
     assert wrong.stderr.startswith("error: --align tlm needs")
@@ -802,7 +944,9 @@ def test_dry_run_of_xl_prints_the_papers_size_and_makes_nothing(tmp_path, monkey
 
 def test_dry_run_with_data_prints_the_plan_and_trains_nothing(corpus, micro, tmp_path):
     printed = run_here(options(corpus, tmp_path / "run", "--dry-run"))
-    assert "speech: 24 rows" in printed and "a micro-batch" in printed and "loss at chance" in printed
+    assert (
+        "speech: 24 rows" in printed and "a micro-batch" in printed and "loss at chance" in printed
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -816,7 +960,20 @@ def test_a_folder_of_audio_goes_through_the_importers_into_a_run(corpus, micro, 
         (folder / f"{i}.txt").write_text(sentence(rng, 3 + i % 3) + "\n")
     manifest, tokenizer = tmp_path / "all.jsonl", tmp_path / "own.model"
     assert data.main(["manifest", "directory", str(folder), str(manifest)]) == 0
-    assert data.main(["tokenizer", "--text", str(corpus["text"]), "--vocab-size", "70", "--out", str(tokenizer)]) == 0
+    assert (
+        data.main(
+            [
+                "tokenizer",
+                "--text",
+                str(corpus["text"]),
+                "--vocab-size",
+                "70",
+                "--out",
+                str(tokenizer),
+            ]
+        )
+        == 0
+    )
     assert data.main(["check", str(manifest), "--tokenizer", str(tokenizer)]) == 0
     capsys.readouterr()
     run_here([
@@ -826,7 +983,9 @@ def test_a_folder_of_audio_goes_through_the_importers_into_a_run(corpus, micro, 
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2]
 
 
-def test_without_data_arguments_the_demo_is_made_and_trained_on(demo_root, micro, monkeypatch, tmp_path):
+def test_without_data_arguments_the_demo_is_made_and_trained_on(
+    demo_root, micro, monkeypatch, tmp_path
+):
     """On a copy of the small demo: the manifests and the tokenizer are made once, and then reused."""
     shutil.copytree(demo_root, tmp_path / "demo_data")
     scale = json.loads((demo_root / "demo.json").read_text())["scale"]

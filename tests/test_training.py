@@ -104,7 +104,9 @@ def assert_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------- schedule, optimiser
 
 
-@pytest.mark.parametrize("updates, rate", [(20_000, 3e-4), (40_000, 6e-4), (160_000, 3e-4), (1, 1.5e-8)])
+@pytest.mark.parametrize(
+    "updates, rate", [(20_000, 3e-4), (40_000, 6e-4), (160_000, 3e-4), (1, 1.5e-8)]
+)
 def test_learning_rate_rises_linearly_and_falls_with_the_inverse_root(updates, rate):
     assert training.inverse_sqrt(updates - 1, 6e-4, 40_000) == pytest.approx(rate, rel=1e-12)
 
@@ -163,7 +165,9 @@ def test_gradient_of_uneven_micro_batches_is_that_of_one_big_batch(world_size):
 
 
 def test_a_loss_without_any_position_is_scaled_by_a_finite_number():
-    scales = training.loss_scales({"stm": torch.tensor(0.0), "ctc": torch.tensor(4.0)}, {"ctc": 2.0}, 2)
+    scales = training.loss_scales(
+        {"stm": torch.tensor(0.0), "ctc": torch.tensor(4.0)}, {"ctc": 2.0}, 2
+    )
     assert float(scales["stm"]) == 2.0 and float(scales["ctc"]) == 1.0
 
 
@@ -172,7 +176,9 @@ def test_training_with_accumulation_walks_the_same_way_as_one_batch_a_step():
     whole = [Rows(torch.cat([a.x, b.x]), torch.cat([a.y, b.y])) for a, b in parts]
     one, two = Toy(), Toy()
     _, logged_one, _, _ = train_toy(one, whole)
-    _, logged_two, _, _ = train_toy(two, [batch for pair in parts for batch in pair], micro_batches=2)
+    _, logged_two, _, _ = train_toy(
+        two, [batch for pair in parts for batch in pair], micro_batches=2
+    )
     for (_, a), (_, b) in zip(logged_one, logged_two, strict=True):
         assert a["loss/fit"] == pytest.approx(b["loss/fit"], rel=1e-10)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-10)
@@ -270,7 +276,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_what_to_change():
 
 def test_bad_steps_that_are_not_in_a_row_do_not_end_the_run():
     model = Toy(poison=(0, 1, 2, 4, 5, 6, 8, 9, 10))
-    finished, logged, _, _ = train_toy(model, [rows(4, s) for s in range(12)], max_steps=12, max_bad_steps=4)
+    finished, logged, _, _ = train_toy(
+        model, [rows(4, s) for s in range(12)], max_steps=12, max_bad_steps=4
+    )
     assert finished and logged[-1][1]["skipped_steps"] == 9
 
 
@@ -331,7 +339,8 @@ def two_rank_work(rank: int, folder: str) -> None:
         error = str(fault)
 
     held_out = {
-        n: training.evaluate_sums(Toy(), [rows(2 + i, i) for i in range(n)], options(), ranks) for n in (1, 2, 3)
+        n: training.evaluate_sums(Toy(), [rows(2 + i, i) for i in range(n)], options(), ranks)
+        for n in (1, 2, 3)
     }
     torch.save(
         {
@@ -367,19 +376,28 @@ def test_bad_steps_in_a_row_end_all_ranks_alike(both_ranks):
 
 
 @pytest.mark.parametrize("n_batches", [1, 2, 3])
-def test_held_out_sums_are_those_of_one_process_even_with_fewer_batches_than_ranks(both_ranks, n_batches):
+def test_held_out_sums_are_those_of_one_process_even_with_fewer_batches_than_ranks(
+    both_ranks, n_batches
+):
     batches = [rows(2 + i, i) for i in range(n_batches)]
     alone = training.evaluate_sums(Toy(), batches, options(), ALONE)
     for result in both_ranks:
         for name, value in alone.items():
-            assert float(result["held_out"][n_batches][name]) == pytest.approx(float(value), rel=1e-12)
+            assert float(result["held_out"][n_batches][name]) == pytest.approx(
+                float(value), rel=1e-12
+            )
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_checkpoint_is_plain_tensors_and_remembers_its_step_and_versions(tmp_path):
-    contents = {"model": {"w": torch.arange(3.0)}, "config": {"d_model": 4}, "names": ["a", "b"], "nothing": None}
+    contents = {
+        "model": {"w": torch.arange(3.0)},
+        "config": {"d_model": 4},
+        "names": ["a", "b"],
+        "nothing": None,
+    }
     path = training.save_checkpoint(tmp_path, 7, contents, keep_last=2)
     loaded = torch.load(path, weights_only=True)
     assert loaded["step"] == 7 and loaded["names"] == ["a", "b"] and loaded["nothing"] is None
@@ -396,7 +414,9 @@ def test_only_the_newest_checkpoints_are_kept_and_latest_names_the_last(tmp_path
     assert training.load_checkpoint(tmp_path)["n"] == 1000
 
 
-@pytest.mark.parametrize("stage", ["in the middle of the file", "before the file's name", "before latest"])
+@pytest.mark.parametrize(
+    "stage", ["in the middle of the file", "before the file's name", "before latest"]
+)
 def test_a_fault_while_saving_leaves_the_last_checkpoint_in_place(tmp_path, monkeypatch, stage):
     training.save_checkpoint(tmp_path, 1, {"n": 1}, keep_last=1)
     real_save, real_replace = torch.save, os.replace
@@ -434,7 +454,9 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_in_place(tmp_path):
         "training.save_checkpoint(Path(sys.argv[1]), 2, {'n': torch.zeros(1000)}, keep_last=1)\n"
     )
     child = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=Path(training.__file__).parent, check=False
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=Path(training.__file__).parent,
+        check=False,
     )
     assert child.returncode == -signal.SIGKILL
     assert (tmp_path / "ckpt" / "step_0000002.pt.tmp").exists(), "killed before it began to write"
@@ -470,7 +492,9 @@ class Evil:
 @pytest.mark.parametrize("kind", ["empty", "garbage", "cut short", "code"])
 def test_an_unreadable_checkpoint_is_one_line_and_runs_nothing(tmp_path, kind):
     path, trap = tmp_path / "some.pt", tmp_path / "trap"
-    torch.save({"w": torch.ones(1000)} | ({"evil": Evil(str(trap))} if kind == "code" else {}), path)
+    torch.save(
+        {"w": torch.ones(1000)} | ({"evil": Evil(str(trap))} if kind == "code" else {}), path
+    )
     if kind == "cut short":
         path.write_bytes(path.read_bytes()[:-900])
     elif kind != "code":
@@ -551,7 +575,9 @@ def test_loss_weights_are_read_by_name():
     assert training.parse_weights("a=2,b=0.5", ["a", "b"]) == {"a": 2.0, "b": 0.5}
 
 
-@pytest.mark.parametrize("text, words", [("c=1", "c.*has a, b"), ("a", "name=number"), ("a=x", "a=x"), ("=1", "no such")])
+@pytest.mark.parametrize(
+    "text, words", [("c=1", "c.*has a, b"), ("a", "name=number"), ("a=x", "a=x"), ("=1", "no such")]
+)
 def test_loss_weights_that_match_nothing_are_refused(text, words):
     with pytest.raises(ValueError, match=f"--loss-weights.*{words}"):
         training.parse_weights(text, ["a", "b"])
@@ -581,10 +607,15 @@ def test_fast_compiles_in_place_with_static_shapes_and_none_compiles_nothing(mon
     assert calls == []
     training.make_fast(model, "compile", torch.device("cpu"))
     training.make_fast(model, "graph", torch.device("cuda"))
-    assert calls == [{"dynamic": False, "mode": "default"}, {"dynamic": False, "mode": "reduce-overhead"}]
+    assert calls == [
+        {"dynamic": False, "mode": "default"},
+        {"dynamic": False, "mode": "reduce-overhead"},
+    ]
     assert list(model.state_dict()) == names
 
 
 def test_importing_changes_no_signal_handler_and_makes_no_process_group():
-    code = "import signal; a = signal.getsignal(15); import training; assert signal.getsignal(15) == a"
+    code = (
+        "import signal; a = signal.getsignal(15); import training; assert signal.getsignal(15) == a"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=Path(training.__file__).parent, check=True)
