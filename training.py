@@ -111,7 +111,7 @@ def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
     return peak * min(step / warmup_steps, math.sqrt(warmup_steps / step))
 
 
-def make_optimizer(model: nn.Module, weight_decay: float, lr_scales: dict[str, float]) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None) -> torch.optim.AdamW:
     """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS 6).
 
     Args: lr_scales {prefix of parameter names: learning rate relative to --lr}; other parameters have 1. With Adam this is
@@ -119,7 +119,7 @@ def make_optimizer(model: nn.Module, weight_decay: float, lr_scales: dict[str, f
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        scale = next((s for prefix, s in lr_scales.items() if name.startswith(prefix)), 1.0)
+        scale = next((s for prefix, s in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
         groups.setdefault((scale, weight_decay if parameter.dim() >= 2 else 0.0), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
