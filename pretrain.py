@@ -31,7 +31,7 @@ import data
 import demo
 import losses as L
 import training
-from conformer import SIZES, SlamConfig, SlamEncoder, join, sized, subsampled_lens, valid_mask
+from conformer import FRAMES_PER_S, SIZES, SlamConfig, SlamEncoder, join, sized, subsampled_lens, valid_mask
 from quantizer import GumbelQuantizer, LinearTarget
 from training import Ranks
 
@@ -242,11 +242,13 @@ def evaluate(model: SlamPretraining, rows: dict[str, Any], args: argparse.Namesp
     `acc/tlm_text_wrong_speech` is TLM's text accuracy when each transcript is joined with another row's speech: what it
     lacks against `acc/tlm_text` is what the model hears. `acc/retrieval` finds the transcript among RETRIEVAL_TEXTS.
     """
-    units = {"speech_units": int(100 * max(args.batch_s, 20.0)), "text_units": max(args.batch_tokens, args.row_tokens)}
+    of_micro_batch = {name: units // args.micro_batches for name, units in stream_units(args).items()}
 
     def batches(*names: str) -> Iterator[data.Batch]:
-        chosen = {name: rows.get(name) for name in names}
-        return data.dev_batches(**chosen, **units) if any(chosen.values()) else iter(())
+        for name in names:
+            if rows.get(name) is not None:
+                units = max(of_micro_batch[name], int(rows[name].lengths.max()))
+                yield from data.dev_batches(**{name: rows[name]}, speech_units=units, text_units=units)
 
     metrics = training.means(training.evaluate_sums(model, batches("speech", "text", "pairs"), args, ranks))
     if rows.get("pairs") is not None and "tlm" in model.objectives_of_run.align:
@@ -361,14 +363,23 @@ def load_rows(args: argparse.Namespace, objectives: Objectives, tokenizer: data.
     return rows
 
 
+def stream_units(args: argparse.Namespace) -> dict[str, int]:
+    """What a step reads of each stream: log-mel frames of speech and of pairs, tokens of text."""
+    return {
+        "speech": int(FRAMES_PER_S * args.batch_s),
+        "text": args.batch_tokens,
+        "pairs": int(FRAMES_PER_S * args.batch_paired_s),
+    }
+
+
 def make_plans(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, data.BatchPlan]:
-    """One endless batch plan a stream; units are log-mel frames for speech and pairs, tokens for text."""
-    units = {"speech": 100 * args.batch_s, "text": args.batch_tokens, "pairs": 100 * args.batch_paired_s}
+    """One endless batch plan a stream. Streams have fixed numbers, so adding pairs leaves the order of speech alone."""
     return {
         name: data.BatchPlan(
-            its.lengths, int(units[name]), micro_batches=args.micro_batches, seed=args.seed, stream=stream
+            rows[name].lengths, units, micro_batches=args.micro_batches, seed=args.seed, stream=number
         )
-        for stream, (name, its) in ((list(units).index(name), (name, its)) for name, its in rows.items())
+        for number, (name, units) in enumerate(stream_units(args).items())
+        if name in rows
     }
 
 
@@ -526,8 +537,8 @@ def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
     columns = min(4, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.4 * columns, 2.6 * -(-len(panels) // columns)), squeeze=False)
     for axis, name in zip(axes.flat, panels):
-        keys = [("ppl/code", "train", "-")] if name == "ppl/code" else [
-            (f"loss/{name}", "train", "-"), (f"chance_loss/{name}", "chance", ":"), (f"dev/loss/{name}", "held out", "o")
+        keys = [("ppl/code", "train", "C0-")] if name == "ppl/code" else [
+            (f"loss/{name}", "train", "C0-"), (f"chance_loss/{name}", "chance", "C1:"), (f"dev/loss/{name}", "held out", "C2o"),
         ]  # fmt: skip
         for key, label, style in keys:
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -741,13 +752,17 @@ def follow(run: Run) -> bool:
         log = training.MetricsLog(args.out_dir, run.start_step)
     show = training.progress_bar(args.max_steps, run.start_step, ranks)
     n_codes = model.config.n_codes if hasattr(model, "quantizer") else None
+    ringing: set[str] = set()
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
         if ranks.rank == 0:
             log.write(step, metrics)
             show(step, progress_line(step, args, metrics, model.objectives))
-            for alarm in training.check_alarms(metrics, step, args.warmup_steps, n_codes):
-                ranks.log(f"ALARM step {step}: {alarm}")
+            alarms = training.check_alarms(metrics, step, args.warmup_steps, n_codes)
+            for name in alarms.keys() - ringing:  # once, until it has been silent for a log line
+                ranks.log(f"ALARM step {step}: {alarms[name]}")
+            ringing.clear()
+            ringing.update(alarms)
 
     def on_eval(step: int) -> None:
         if run.dev_rows:

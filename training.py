@@ -434,23 +434,25 @@ def progress_bar(max_steps: int, start_step: int, ranks: Ranks) -> Callable[[int
     return show
 
 
-def check_alarms(metrics: dict[str, float], step: int, warmup_steps: int, n_codes: int | None) -> list[str]:
-    """Sentences about a run that is going wrong, for the log; an empty list for a healthy one."""
-    alarms = []
+def check_alarms(metrics: dict[str, float], step: int, warmup_steps: int, n_codes: int | None) -> dict[str, str]:
+    """What is going wrong with a run: {short name: sentence for the log}; empty for a healthy one."""
+    alarms = {}
     for name, value in metrics.items():
         if name.startswith("loss") and not math.isfinite(value):
-            alarms.append(f"{name} is not finite")
+            alarms[f"not finite {name}"] = f"{name} is not finite"
     if metrics.get("skipped_steps", 0) > 0:
-        alarms.append(f"{int(metrics['skipped_steps'])} steps skipped so far: their gradients were not finite")
+        n_skipped = int(metrics["skipped_steps"])
+        alarms[f"skipped {n_skipped}"] = f"{n_skipped} steps skipped so far: their gradients were not finite"
     if step > warmup_steps:
         for name in [k[len("chance_loss/") :] for k in metrics if k.startswith("chance_loss/")]:
             loss, chance = metrics[f"loss/{name}"], metrics[f"chance_loss/{name}"]
             if chance > 0 and loss > (1 - CHANCE_ALARM) * chance:
-                alarms.append(f"loss/{name} {loss:.3f} is at its chance level {chance:.3f} after warm-up")
+                alarms[f"chance {name}"] = f"loss/{name} {loss:.3f} is at its chance level {chance:.3f} after warm-up"
     if n_codes and metrics.get("ppl/code", n_codes) < CODEBOOK_ALARM * n_codes:
-        alarms.append(f"codebook collapse: perplexity {metrics['ppl/code']:.1f} of {n_codes} codes")
+        alarms["collapse"] = f"codebook collapse: perplexity {metrics['ppl/code']:.1f} of {n_codes} codes"
     if metrics.get("data_wait_ms", 0) > DATA_WAIT_ALARM * metrics.get("step_ms", math.inf):
-        alarms.append(f"{metrics['data_wait_ms']:.0f} of {metrics['step_ms']:.0f} ms a step wait for data: raise --num-workers")
+        wait, whole = metrics["data_wait_ms"], metrics["step_ms"]
+        alarms["data"] = f"{wait:.0f} of {whole:.0f} ms a step wait for data: raise --num-workers"
     return alarms
 
 

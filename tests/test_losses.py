@@ -468,7 +468,7 @@ def test_a_collapsing_codebook_lowers_the_perplexity_and_raises_the_alarm():
             module.logits.bias[3] = bias
         q = module(features, weight)
         metrics = training.means({"code_counts": q.hard_counts.double()})
-        alarms = [a for a in training.check_alarms(metrics, 1, 100, V) if "codebook collapse" in a]
+        alarms = [a for a in training.check_alarms(metrics, 1, 100, V).values() if "codebook collapse" in a]
         loss = contrastive(torch.randn(400, 8), q.vectors, negatives, usable, q.drawn)
         seen[bias] = (
             metrics["ppl/code"],

@@ -1,4 +1,4 @@
-"""Properties of whole pre-training runs on a few tones: ranks, resume, stages, switches, messages."""
+"""Properties of whole pre-training runs on a little noise: ranks, resume, stages, messages."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ WORDS = (
 MICRO = dict(
     speech_layers=1, mm_layers=2, d_model=32, d_ff=64, n_heads=2, conv_kernel=5,
     subsample_channels=4, norm_groups=8, n_codes=16, code_dim=16, lr=5e-3, warmup_steps=3,
-    max_steps=2, batch_s=6.0, batch_paired_s=5.0, batch_tokens=240, row_tokens=48,
+    dropout=0.1, max_steps=2, batch_s=6.0, batch_paired_s=5.0, batch_tokens=240, row_tokens=48,
 )  # fmt: skip
 MICRO_MAIN = """
 import dataclasses, os, sys
@@ -62,7 +62,10 @@ def write_corpus(root: Path, n_rows: int, seed: int, loudness: float = 0.1) -> P
         wave = loudness * rng.standard_normal(round(seconds * 16_000))
         soundfile.write(root / f"{i}.wav", wave, 16_000, subtype="FLOAT")
         row = {"audio_filepath": f"{i}.wav", "duration": round(float(seconds), 4)}
-        lines.append(json.dumps(row | {"text": sentence(rng, 1 + round(3 * seconds))}) + "\n")
+        lines.append(
+            json.dumps(row | {"text": sentence(rng, rng.integers(1, 4 + round(3 * seconds)))})
+            + "\n"
+        )
     (root / "rows.jsonl").write_text("".join(lines))
     return root / "rows.jsonl"
 
@@ -220,6 +223,7 @@ def prepare(corpus: dict[str, Path], *more: object):
 N_STEPS, SAVE_EVERY = 24, 5
 WHOLE = f"--max-steps {N_STEPS} --save-every {SAVE_EVERY} --log-every 1 --eval-every 10".split()
 WHOLE += ["--micro-batches", "2"]
+SMALL_BATCHES = "--batch-s 4 --batch-paired-s 4 --batch-tokens 160 --row-tokens 48"
 
 
 @pytest.fixture(scope="module")
@@ -248,22 +252,23 @@ def assert_close_logs(left: list[dict], right: list[dict], tolerance: float, pat
     assert compared
 
 
-def test_micro_batches_of_a_step_hold_different_counts(corpus, micro):
+@pytest.mark.parametrize("more", ["", SMALL_BATCHES])
+def test_micro_batches_of_a_step_hold_different_counts(corpus, micro, more):
     """Else the tests of ranks below could not tell a mean of means from the mean."""
-    model, dataset, _, _ = prepare(corpus)
+    model, dataset, _, _ = prepare(corpus, *more.split())
     uneven = {name: 0 for name in model.objectives}
     for step in range(20):
         first, second = (model.counts(dataset[step, k]) for k in range(2))
         for name in uneven:
             uneven[name] += first[name] != second[name]
     assert uneven.pop("stm") == 0  # as many rows in each
-    assert min(uneven.values()) >= 8, uneven
+    assert min(uneven.values()) >= 5, uneven
 
 
 def test_two_ranks_do_what_one_process_does_in_float64(corpus, tmp_path):
     """The program at its own smallest size: every logged loss of 20 steps to 1e-6, relative."""
-    more = "--dtype fp64 --max-steps 20 --warmup-steps 4 --log-every 1 --row-tokens 48".split()
-    more += "--batch-s 4 --batch-paired-s 4 --batch-tokens 160".split()
+    more = "--dtype fp64 --max-steps 20 --warmup-steps 4 --log-every 1".split()
+    more += SMALL_BATCHES.split()
     program = ROOT / "pretrain.py"
     finish(start(program, options(corpus, tmp_path / "2", *more), n_ranks=2))
     finish(start(program, options(corpus, tmp_path / "1", *more, "--micro-batches", 2)))
@@ -391,7 +396,7 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(alone, corpus, micro):
         for path in (out_dir / "metrics.jsonl", *(out_dir / "ckpt").iterdir())
     }
     printed = run_here(options(corpus, out_dir, *WHOLE))
-    assert "finished" in printed
+    assert f"has made its {N_STEPS} steps" in printed
     assert {
         path: path.read_bytes()
         for path in (out_dir / "metrics.jsonl", *(out_dir / "ckpt").iterdir())
@@ -569,7 +574,7 @@ def test_loader_processes_change_nothing(alone, corpus, micro, tmp_path):
 
 
 def test_stages_carry_weights_and_the_temperature_but_no_optimiser_state(corpus, micro, tmp_path):
-    """1 (no alignment) -> 2 (joint) -> 3 (speech only) -> 2: what a stage does not read, it keeps."""
+    """1 (no alignment) -> 2 (joint) -> 3 (speech only) -> 2: what is not read is kept."""
 
     def stage(name: str, before: str | None, *more: object) -> dict:
         command = options(corpus, tmp_path / name, "--log-every", 1, *more)
@@ -704,25 +709,21 @@ def still_model(corpus, micro, monkeypatch):
 TOKEN_LOSSES = ("code_mlm", "span_lm", "tlm_text", "tlm_speech", "stm", "ctc")
 
 
+@torch.no_grad()
 def test_losses_of_a_batch_are_the_sums_over_its_parts(still_model):
     model, batch = still_model
-    rows = row_numbers(batch)
-    parts = [
-        {name: its[:1] for name, its in rows.items()},
-        {name: its[1:] for name, its in rows.items()},
-    ]
+    rows = row_numbers(batch).items()
+    parts = [{name: its[:2] for name, its in rows}, {name: its[2:] for name, its in rows}]
     whole, _ = model(batch)
-    split = [model(rows_of(batch, part))[0] for part in parts]
+    first, second = (model(rows_of(batch, part))[0] for part in parts)
     for name in TOKEN_LOSSES:
-        assert float(split[0][name].count) > 0
-        for field in ("sum", "count"):
-            expected = sum(float(getattr(part[name], field)) for part in split)
-            assert float(getattr(whole[name], field)) == pytest.approx(expected, rel=1e-9), (
-                name,
-                field,
-            )
+        assert float(first[name].count) > 0
+        assert float(whole[name].count) == float(first[name].count + second[name].count), name
+        total = float(first[name].sum + second[name].sum)
+        assert float(whole[name].sum) == pytest.approx(total, rel=1e-9), name
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("doubled", ["text", "pairs", "speech"])
 def test_doubling_one_stream_leaves_the_mean_of_every_loss(still_model, doubled):
     model, batch = still_model
@@ -743,22 +744,22 @@ def test_doubling_one_stream_leaves_the_mean_of_every_loss(still_model, doubled)
     assert grown == streams[doubled]
 
 
-def test_wrong_speech_keeps_texts_and_their_masks_and_changes_the_speech(still_model):
-    model, batch = still_model
-    pairs = rows_of(batch, {"pairs": row_numbers(batch)["pairs"]})
-    wrong = pretrain.with_wrong_speech(pairs)
-    for name, value in vars(pairs.pairs.text).items():
+def test_wrong_speech_keeps_texts_and_their_masks_and_changes_the_speech(corpus, micro):
+    model, _, dev_rows, _ = prepare(corpus)
+    (right,) = data.dev_batches(pairs=dev_rows["pairs"], speech_units=9999, text_units=9999)
+    wrong = pretrain.with_wrong_speech(right)
+    for name, value in vars(right.pairs.text).items():
         assert torch.equal(getattr(wrong.pairs.text, name), value), name
-    for row in range(len(pairs.pairs.text.lens)):
-        assert torch.equal(wrong.pairs.speech.features[row], pairs.pairs.speech.features[row - 1])
-        assert not torch.equal(wrong.pairs.speech.features[row], pairs.pairs.speech.features[row])
-        assert wrong.pairs.speech.feature_lens[row] == pairs.pairs.speech.feature_lens[row - 1]
-    flat = torch.zeros_like(wrong.pairs.speech.masked).flatten()
-    flat[wrong.pairs.speech.masked_index[wrong.pairs.speech.masked_weight > 0]] = True
-    assert torch.equal(flat.view_as(wrong.pairs.speech.masked), wrong.pairs.speech.masked)
-    right_losses, wrong_losses = model(pairs)[0], model(wrong)[0]
-    assert float(right_losses["tlm_text"].count) == float(wrong_losses["tlm_text"].count)
-    assert float(right_losses["tlm_text"].sum) != float(wrong_losses["tlm_text"].sum)
+    before, after = right.pairs.speech, wrong.pairs.speech
+    for row in range(6):
+        assert torch.equal(after.features[row], before.features[row - 1])
+        assert not torch.equal(after.features[row], before.features[row])
+        assert after.feature_lens[row] == before.feature_lens[row - 1]
+    named = torch.zeros_like(after.masked).flatten()
+    named[after.masked_index[after.masked_weight > 0]] = True
+    assert torch.equal(named.view_as(after.masked), after.masked)
+    a, b = (model.eval()(batch)[0]["tlm_text"] for batch in (right, wrong))
+    assert float(a.count) == float(b.count) and float(a.sum.detach()) != float(b.sum.detach())
 
 
 def test_evaluation_probes_alignment_and_is_the_same_each_time(corpus, micro):
