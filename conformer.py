@@ -73,7 +73,9 @@ class SlamConfig:
     gumbel_decay: float = 0.999995  # per optimiser step
     gumbel_end: float = 0.1
     codebook_init: str = "uniform"  # U(0, 1) as in wav2vec 2.0's code, or "normal"
-    target_lr_scale: float = 1.0  # rate of all that decides the codes (convolutions, quantizer logits), relative to lr
+    target_lr_scale: float = (
+        1.0  # rate of all that decides the codes (convolutions, quantizer logits), relative to lr
+    )
     # recipe
     lr: float = 6e-4  # UNSPECIFIED IN PAPER: mSLAM's peak rate and warm-up
     warmup_steps: int = 40_000
@@ -87,13 +89,19 @@ class SlamConfig:
     def __post_init__(self) -> None:
         for divisor in ("n_heads", "norm_groups"):
             if self.d_model % getattr(self, divisor):
-                raise ValueError(f"d_model {self.d_model} must be divisible by {divisor} {getattr(self, divisor)}")
+                raise ValueError(
+                    f"d_model {self.d_model} must be divisible by {divisor} {getattr(self, divisor)}"
+                )
         if self.code_dim % self.n_codebooks:
-            raise ValueError(f"code_dim {self.code_dim} must be divisible by n_codebooks {self.n_codebooks}")
+            raise ValueError(
+                f"code_dim {self.code_dim} must be divisible by n_codebooks {self.n_codebooks}"
+            )
         if self.codebook_init not in ("uniform", "normal"):
             raise ValueError(f"codebook_init {self.codebook_init!r} is neither uniform nor normal")
         if self.conv_kernel % 2 == 0:
-            raise ValueError(f"conv_kernel {self.conv_kernel} must be odd, so that frames keep their place")
+            raise ValueError(
+                f"conv_kernel {self.conv_kernel} must be odd, so that frames keep their place"
+            )
 
     @property
     def conv_dim(self) -> int:
@@ -169,12 +177,16 @@ def log_mel(waveform: Tensor) -> Tensor:
     Raises:  ValueError when the waveform is shorter than one window.
     """
     if waveform.shape[-1] < WINDOW_SAMPLES:
-        raise ValueError(f"audio of {waveform.shape[-1]} samples is shorter than one 25 ms window ({WINDOW_SAMPLES})")
+        raise ValueError(
+            f"audio of {waveform.shape[-1]} samples is shorter than one 25 ms window ({WINDOW_SAMPLES})"
+        )
     n_fft = 512
     frames = (waveform.float() * 32768.0).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)  # (..., F, 400)
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-    frames = (frames - 0.97 * previous) * _povey_window().to(frames.device)  # pre-emphasis within the frame
+    frames = (frames - 0.97 * previous) * _povey_window().to(
+        frames.device
+    )  # pre-emphasis within the frame
     power = torch.fft.rfft(frames, n_fft).abs().square()  # (..., F, 257)
     energy = power @ _mel_filters(n_fft).to(frames.device)  # (..., F, 80)
     return energy.clamp(min=torch.finfo(torch.float32).eps).log()
@@ -214,7 +226,11 @@ class SelfAttention(nn.Module):
         D = config.d_model
         self.n_heads = config.n_heads
         self.norm = nn.LayerNorm(D)
-        self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, D)
+        self.query, self.key, self.value = (
+            nn.Linear(D, D),
+            nn.Linear(D, D, bias=False),
+            nn.Linear(D, D),
+        )
         self.out = nn.Linear(D, D)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -222,10 +238,17 @@ class SelfAttention(nn.Module):
         """(B, L, D) and (B, L) bool -> (B, L, D). A row with no valid position attends everywhere, never NaN."""
         B, L, D = x.shape
         x = self.norm(x)
-        q, k, v = (p(x).view(B, L, self.n_heads, -1).transpose(1, 2) for p in (self.query, self.key, self.value))
-        keys = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]  # (B, 1, 1, L), broadcast over heads, queries
+        q, k, v = (
+            p(x).view(B, L, self.n_heads, -1).transpose(1, 2)
+            for p in (self.query, self.key, self.value)
+        )
+        keys = (valid | ~valid.any(1, keepdim=True))[
+            :, None, None, :
+        ]  # (B, 1, 1, L), broadcast over heads, queries
         p_drop = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=p_drop)  # (B, H, L, D/H)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=keys, dropout_p=p_drop
+        )  # (B, H, L, D/H)
         return self.dropout(self.out(mixed.transpose(1, 2).reshape(B, L, D)))
 
 
@@ -244,7 +267,9 @@ class MaskedGroupNorm(nn.Module):
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """(B, L, D) and (B, L) bool -> (B, L, D); padding comes out as the bias and must not be read."""
         B, L, D = x.shape
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).view(B, L, self.n_groups, -1)  # (B, L, groups, D/groups)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).view(
+            B, L, self.n_groups, -1
+        )  # (B, L, groups, D/groups)
         keep = valid[:, :, None, None].to(wide.dtype)
         count = (keep.sum(1, keepdim=True) * wide.shape[-1]).clamp(min=1)  # (B, 1, 1, 1)
         mean = (wide * keep).sum((1, 3), keepdim=True) / count
@@ -271,7 +296,9 @@ class ConvModule(nn.Module):
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """(B, L, D) and (B, L) bool -> (B, L, D)."""
         x = F.glu(self.pointwise_in(self.norm(x)), dim=-1)
-        x = x * valid[..., None].to(x.dtype)  # what the depthwise kernel sees beyond the end is zero, as alone
+        x = x * valid[..., None].to(
+            x.dtype
+        )  # what the depthwise kernel sees beyond the end is zero, as alone
         x = self.depthwise(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)  # (B, L, D)
         return self.dropout(self.pointwise_out(F.silu(self.group_norm(x, valid))))
 
@@ -320,7 +347,9 @@ class ConvSubsampling(nn.Module):
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, config.subsample_channels, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(config.subsample_channels, config.subsample_channels, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(
+            config.subsample_channels, config.subsample_channels, 3, stride=2, padding=1
+        )
 
     def forward(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, F, 80) and (B,) lengths in frames -> (B, T, C) and (B,) lengths in encoder frames.
@@ -356,7 +385,9 @@ class SpeechEncoder(nn.Module):
         features = (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
         return self.subsampling(features, feature_lens)
 
-    def encode(self, conv: Tensor, lens: Tensor, layers: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, conv: Tensor, lens: Tensor, layers: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Convolution features (B, T, C), masked or not -> (contrastive context (B, T, D), output (B, T, D)).
 
         The context is read before the closing linear (DECISIONS 10); the output is what the multimodal encoder reads.
@@ -367,7 +398,9 @@ class SpeechEncoder(nn.Module):
 
 def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tensor:
     """(length, dim) float32 position encodings: sines in the first half of the channels, cosines in the second."""
-    rates = torch.exp(torch.arange(dim // 2, device=device) * (-math.log(10_000.0) / max(dim // 2 - 1, 1)))
+    rates = torch.exp(
+        torch.arange(dim // 2, device=device) * (-math.log(10_000.0) / max(dim // 2 - 1, 1))
+    )
     angles = torch.arange(length, device=device)[:, None] * rates[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -387,7 +420,9 @@ class TextEmbedder(nn.Module):
         return self.dropout(self.norm(x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)))
 
 
-def join(speech: Tensor, speech_lens: Tensor, text: Tensor, text_lens: Tensor) -> tuple[Tensor, Tensor]:
+def join(
+    speech: Tensor, speech_lens: Tensor, text: Tensor, text_lens: Tensor
+) -> tuple[Tensor, Tensor]:
     """Concatenate a pair along time, the text right after the last *valid* speech frame.
 
     Padding in the middle would be seen by the convolutions; so every row is gathered from [speech; text] with an index
@@ -399,7 +434,9 @@ def join(speech: Tensor, speech_lens: Tensor, text: Tensor, text_lens: Tensor) -
     T, L = speech.shape[1], speech.shape[1] + text.shape[1]
     position = torch.arange(L, device=speech.device)[None]  # (1, L)
     starts = speech_lens[:, None]
-    source = torch.where(position < starts, position, (position - starts + T).clamp(max=L - 1))  # (B, L)
+    source = torch.where(
+        position < starts, position, (position - starts + T).clamp(max=L - 1)
+    )  # (B, L)
     both = torch.cat([speech, text.to(speech.dtype)], dim=1)
     joined = both.gather(1, source[..., None].expand(-1, -1, both.shape[2]))
     lens = speech_lens + text_lens
@@ -409,7 +446,9 @@ def join(speech: Tensor, speech_lens: Tensor, text: Tensor, text_lens: Tensor) -
 class SlamEncoder(nn.Module):
     """The one encoder: speech encoder and text embedder (whichever the run uses) under one multimodal stack."""
 
-    def __init__(self, config: SlamConfig, modalities: tuple[str, ...] = ("speech", "text")) -> None:
+    def __init__(
+        self, config: SlamConfig, modalities: tuple[str, ...] = ("speech", "text")
+    ) -> None:
         super().__init__()
         self.config, self.modalities = config, tuple(modalities)
         self.speech = SpeechEncoder(config) if "speech" in modalities else None
@@ -431,20 +470,37 @@ class SlamEncoder(nn.Module):
         if path.is_dir():
             latest = path / "ckpt" / "latest"
             if not latest.exists():
-                raise FileNotFoundError(f"{path}: no ckpt/latest in this folder; give a run's folder or a .pt file")
+                raise FileNotFoundError(
+                    f"{path}: no ckpt/latest in this folder; give a run's folder or a .pt file"
+                )
             path = latest.parent / latest.read_text().strip()
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such checkpoint") from None
-        except Exception as error:  # torch raises many kinds; each means that this is no checkpoint of ours
-            raise ValueError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?") from error
-        if not isinstance(checkpoint, dict) or not {"model", "config", "modalities"} <= checkpoint.keys():
-            has = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-            raise ValueError(f"{path}: has {has}, not the model, config and modalities of a checkpoint")
+        except (
+            Exception
+        ) as error:  # torch raises many kinds; each means that this is no checkpoint of ours
+            raise ValueError(
+                f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
+            ) from error
+        if (
+            not isinstance(checkpoint, dict)
+            or not {"model", "config", "modalities"} <= checkpoint.keys()
+        ):
+            has = (
+                sorted(map(str, checkpoint))
+                if isinstance(checkpoint, dict)
+                else type(checkpoint).__name__
+            )
+            raise ValueError(
+                f"{path}: has {has}, not the model, config and modalities of a checkpoint"
+            )
         encoder = cls(SlamConfig(**checkpoint["config"]), checkpoint["modalities"])
         prefix = "encoder."
-        weights = {k[len(prefix) :]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
+        weights = {
+            k[len(prefix) :]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)
+        }
         encoder.load_state_dict(weights)
         if checkpoint.get("tokenizer") is not None:
             encoder.tokenizer_model = bytes(checkpoint["tokenizer"].tolist())
@@ -461,19 +517,25 @@ class SlamEncoder(nn.Module):
         """
         for name, given in (("speech", waveform), ("text", text)):
             if given is not None and name not in self.modalities:
-                raise ValueError(f"this encoder was trained with --modalities {','.join(self.modalities)}: no {name}")
+                raise ValueError(
+                    f"this encoder was trained with --modalities {','.join(self.modalities)}: no {name}"
+                )
         if waveform is None and text is None:
             raise ValueError("nothing to encode: give waveform=, text= or both")
         device = next(self.parameters()).device
         layers: list[Tensor] = []
         if waveform is not None:
             features = log_mel(waveform.to(device))[None]  # (1, F, 80)
-            conv, lens = self.speech.subsample(features, torch.tensor([features.shape[1]], device=device))
+            conv, lens = self.speech.subsample(
+                features, torch.tensor([features.shape[1]], device=device)
+            )
             _, x = self.speech.encode(conv, lens, layers)
         if text is not None:
             tokens = torch.tensor([[CLS_ID, *self._pieces(text)]], device=device)
             embedded, token_lens = self.text(tokens), torch.tensor([tokens.shape[1]], device=device)
-            x, lens = (embedded, token_lens) if waveform is None else join(x, lens, embedded, token_lens)
+            x, lens = (
+                (embedded, token_lens) if waveform is None else join(x, lens, embedded, token_lens)
+            )
         self.multimodal(x, lens, layers)
         return [layer[0] for layer in layers]
 
@@ -481,7 +543,9 @@ class SlamEncoder(nn.Module):
         import sentencepiece  # here, so that reading or training the encoder needs torch alone
 
         if self.tokenizer_model is None:
-            raise ValueError("this encoder has no tokenizer: load it with SlamEncoder.from_checkpoint")
+            raise ValueError(
+                "this encoder has no tokenizer: load it with SlamEncoder.from_checkpoint"
+            )
         return sentencepiece.SentencePieceProcessor(model_proto=self.tokenizer_model).encode(text)
 
 

@@ -185,6 +185,7 @@ def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = N
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
     return samples
 
+
 # --------------------------------------------------------------------------------------------- text
 
 

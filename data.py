@@ -83,7 +83,9 @@ SPEECH_CROP, SPEECH_MASKING, TEXT_MASKING, PAIR_SPEECH_MASKING, PAIR_TEXT_MASKIN
 STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9, 10
 
 N_JOINT = 8  # combinations of (speech, text, pair) buckets: so many shapes to compile or capture
-MIN_CHOICES = 32  # different transcripts to draw an STM negative from, if 10% of the length has them
+MIN_CHOICES = (
+    32  # different transcripts to draw an STM negative from, if 10% of the length has them
+)
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -596,9 +598,17 @@ class PairRows:
     """
 
     def __init__(
-        self, manifest: Manifest, tokenizer: Tokenizer, max_audio_s: float, seed: int
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        max_audio_s: float,
+        seed: int,
+        *,
+        speech_mask: float = TLM_SPEECH_MASK,
+        text_mask: float = TLM_TEXT_MASK,
     ) -> None:
         self.vocab_size, self.seed = tokenizer.vocab_size, seed
+        self.speech_mask, self.text_mask = speech_mask, text_mask
         numbers: dict[str, int] = {}
         tokens, stops, transcript = array("i"), array("q"), array("q")
         for i in range(len(manifest)):
@@ -681,7 +691,7 @@ class PairRows:
             return [row_rng(self.seed, epoch, row, purpose) for row, epoch in zip(rows, epochs)]
 
         def text_batch(clean: list[np.ndarray], purpose: int) -> TextBatch:
-            return _text_batch(clean, rngs(purpose), TLM_TEXT_MASK, width, self.vocab_size)
+            return _text_batch(clean, rngs(purpose), self.text_mask, width, self.vocab_size)
 
         features = [self.features(row) for row in rows]
         clean = [self.tokens(row) for row in rows]
@@ -689,7 +699,7 @@ class PairRows:
         negative = [self.tokens(row) for row in foreign]
         corrupted = text_batch(negative, STM_TEXT_MASKING)
         return PairBatch(
-            speech=_speech_batch(features, rngs(PAIR_SPEECH_MASKING), TLM_SPEECH_MASK, bucket_len),
+            speech=_speech_batch(features, rngs(PAIR_SPEECH_MASKING), self.speech_mask, bucket_len),
             text=text_batch(clean, PAIR_TEXT_MASKING),
             negative_tokens=corrupted.tokens,
             negative_lens=corrupted.lens,

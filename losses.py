@@ -26,7 +26,9 @@ class Loss(NamedTuple):
 
     sum: Tensor  # of the loss, with gradient
     count: Tensor  # positions that `sum` runs over
-    correct: Tensor | None = None  # how many of them the model's best answer gets right; None: no such question
+    correct: Tensor | None = (
+        None  # how many of them the model's best answer gets right; None: no such question
+    )
     chance: Tensor | None = None  # how many a blind guess gets right, in expectation
     chance_sum: Tensor | None = None  # the loss that a blind guess has
 
@@ -39,7 +41,9 @@ def _wide(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- speech
 
 
-def sample_negatives(row: Tensor, weight: Tensor, n_negatives: int, n_rows: int) -> tuple[Tensor, Tensor]:
+def sample_negatives(
+    row: Tensor, weight: Tensor, n_negatives: int, n_rows: int
+) -> tuple[Tensor, Tensor]:
     """Draw distractors for the contrastive loss from the other masked frames of the same utterance.
 
     The M masked frames stand row-major, so those of utterance b are one run: `start[b]`, `size[b]` long. A distractor is
@@ -53,7 +57,9 @@ def sample_negatives(row: Tensor, weight: Tensor, n_negatives: int, n_rows: int)
     """
     M = row.shape[0]
     real = weight > 0
-    size = torch.zeros(n_rows, dtype=torch.int64, device=row.device).index_add_(0, row, real.long())  # (B,)
+    size = torch.zeros(n_rows, dtype=torch.int64, device=row.device).index_add_(
+        0, row, real.long()
+    )  # (B,)
     start = size.cumsum(0) - size  # (B,)
     size, start = size[row], start[row]  # (M,)
     others = (size - 1).clamp(min=1)
@@ -65,7 +71,9 @@ def sample_negatives(row: Tensor, weight: Tensor, n_negatives: int, n_rows: int)
     return negatives.masked_fill(~usable[:, None], 0), usable
 
 
-def contrastive(context: Tensor, target: Tensor, negatives: Tensor, usable: Tensor, codes: Tensor | None) -> Loss:
+def contrastive(
+    context: Tensor, target: Tensor, negatives: Tensor, usable: Tensor, codes: Tensor | None
+) -> Loss:
     """Tell the true target of a masked frame from K targets of other masked frames of the same utterance.
 
     A distractor that holds the same codes as the positive is struck out: it could not be told apart, and left in it would
@@ -122,14 +130,20 @@ def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
     with torch.autocast(logits.device.type, enabled=False):
         logits, weight = _wide(logits), _wide(weight)
         M, G, V = logits.shape
-        nll = F.cross_entropy(logits.reshape(M * G, V), ids.reshape(M * G), reduction="none").view(M, G)
+        nll = F.cross_entropy(logits.reshape(M * G, V), ids.reshape(M * G), reduction="none").view(
+            M, G
+        )
         correct = (logits.argmax(-1) == ids).to(weight.dtype).mean(-1)
         counts = (F.one_hot(ids, V).to(weight.dtype) * weight[:, None, None]).sum(0)  # (G, V)
         share = counts / weight.sum().clamp(min=1)
         entropy = -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(-1)  # (G,)
         count = weight.sum()
         return Loss(
-            (nll.sum(1) * weight).sum(), count, (correct * weight).sum(), counts.amax(-1).mean(), count * entropy.sum()
+            (nll.sum(1) * weight).sum(),
+            count,
+            (correct * weight).sum(),
+            counts.amax(-1).mean(),
+            count * entropy.sum(),
         )
 
 
@@ -184,7 +198,15 @@ def ctc(logits: Tensor, speech_lens: Tensor, targets: Tensor, target_lens: Tenso
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = _wide(logits).log_softmax(-1).transpose(0, 1)  # (T, B, V)
         fits = ctc_fits(speech_lens, targets, target_lens)
-        rows = F.ctc_loss(log_probs, targets, speech_lens, target_lens, BLANK_ID, reduction="none", zero_infinity=True)
+        rows = F.ctc_loss(
+            log_probs,
+            targets,
+            speech_lens,
+            target_lens,
+            BLANK_ID,
+            reduction="none",
+            zero_infinity=True,
+        )
         kept = fits.to(rows.dtype)
         return Loss((rows * kept).sum(), (target_lens * kept).sum())
 

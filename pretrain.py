@@ -31,14 +31,33 @@ import data
 import demo
 import losses as L
 import training
-from conformer import FRAMES_PER_S, SIZES, SlamConfig, SlamEncoder, join, sized, subsampled_lens, valid_mask
+from conformer import (
+    FRAMES_PER_S,
+    SIZES,
+    SlamConfig,
+    SlamEncoder,
+    join,
+    sized,
+    subsampled_lens,
+    valid_mask,
+)
 from quantizer import GumbelQuantizer, LinearTarget
 from training import Ranks
 
-MASK_FILL_STD = 0.1  # of the noise that replaces masked features, relative to their own deviation (DECISIONS 7)
+MASK_FILL_STD = (
+    0.1  # of the noise that replaces masked features, relative to their own deviation (DECISIONS 7)
+)
 DIVERSITY_WEIGHT = 0.1  # w2v-BERT's alpha
-TARGET_PARTS = ("encoder.speech.subsampling", "quantizer.norm", "quantizer.logits", "linear_target")  # decide the targets
-RETRIEVAL_TEXTS, RETRIEVAL_QUERIES = 100, 50  # held-out probe: find the transcript among so many texts
+TARGET_PARTS = (
+    "encoder.speech.subsampling",
+    "quantizer.norm",
+    "quantizer.logits",
+    "linear_target",
+)  # decide the targets
+RETRIEVAL_TEXTS, RETRIEVAL_QUERIES = (
+    100,
+    50,
+)  # held-out probe: find the transcript among so many texts
 
 # ---------------------------------------------------------------------------------------------- the model
 
@@ -53,27 +72,44 @@ class Objectives:
     stm_unmasked: bool = False
 
     def __post_init__(self) -> None:
-        for given, known, flag in ((self.modalities, ("speech", "text"), "modalities"), (self.align, ("tlm", "stm", "ctc"), "align")):
+        for given, known, flag in (
+            (self.modalities, ("speech", "text"), "modalities"),
+            (self.align, ("tlm", "stm", "ctc"), "align"),
+        ):
             unknown = [name for name in given if name not in known]
             if unknown:
-                raise ValueError(f"--{flag} {','.join(given)}: {unknown[0]!r} is not one of {', '.join(known)}")
+                raise ValueError(
+                    f"--{flag} {','.join(given)}: {unknown[0]!r} is not one of {', '.join(known)}"
+                )
         if not self.modalities:
             raise ValueError("--modalities is empty: give speech, text or speech,text")
         if self.align and set(self.modalities) != {"speech", "text"}:
-            raise ValueError(f"--align {','.join(self.align)} needs --modalities speech,text; use --align none")
+            raise ValueError(
+                f"--align {','.join(self.align)} needs --modalities speech,text; use --align none"
+            )
         if self.align and self.align[0] != "tlm":
-            raise ValueError(f"--align {','.join(self.align)}: stm and ctc come on top of tlm (none | tlm | tlm,stm | tlm,stm,ctc)")
+            raise ValueError(
+                f"--align {','.join(self.align)}: stm and ctc come on top of tlm (none | tlm | tlm,stm | tlm,stm,ctc)"
+            )
         if self.align and self.speech_objective == "contrastive":
-            raise ValueError("--speech-objective contrastive has no codes for TLM to predict: use --align none")
+            raise ValueError(
+                "--speech-objective contrastive has no codes for TLM to predict: use --align none"
+            )
 
     @property
     def names(self) -> list[str]:
         """The losses of the run, in a fixed order."""
         names = []
         if "speech" in self.modalities:
-            names += ["contrastive"] + (["diversity", "code_mlm"] if self.speech_objective == "w2v-bert" else [])
+            names += ["contrastive"] + (
+                ["diversity", "code_mlm"] if self.speech_objective == "w2v-bert" else []
+            )
         names += ["span_lm"] if "text" in self.modalities else []
-        for option, its in (("tlm", ["tlm_text", "tlm_speech"]), ("stm", ["stm"]), ("ctc", ["ctc"])):
+        for option, its in (
+            ("tlm", ["tlm_text", "tlm_speech"]),
+            ("stm", ["stm"]),
+            ("ctc", ["ctc"]),
+        ):
             names += its if option in self.align else []
         return names
 
@@ -90,14 +126,22 @@ class SlamPretraining(nn.Module):
             self.context_project = nn.Linear(D, config.code_dim)
             if objectives.speech_objective == "w2v-bert":
                 schedule = (config.gumbel_start, config.gumbel_decay, config.gumbel_end)
-                self.quantizer = GumbelQuantizer(config.conv_dim, G, V, config.code_dim, schedule, config.codebook_init)
-                self.code_head = nn.Linear(D, G * V)  # code prediction and TLM's speech side (DECISIONS 12)
+                self.quantizer = GumbelQuantizer(
+                    config.conv_dim, G, V, config.code_dim, schedule, config.codebook_init
+                )
+                self.code_head = nn.Linear(
+                    D, G * V
+                )  # code prediction and TLM's speech side (DECISIONS 12)
             else:
                 self.linear_target = LinearTarget(config.conv_dim, config.code_dim)
         if "text" in objectives.modalities:
-            self.text_head = nn.Linear(D, config.vocab_size)  # span LM and TLM's text side, untied from the embedding
+            self.text_head = nn.Linear(
+                D, config.vocab_size
+            )  # span LM and TLM's text side, untied from the embedding
             unigram = torch.full((config.vocab_size,), -math.log(config.vocab_size))
-            self.register_buffer("unigram", unigram, persistent=False)  # log-frequencies of the training text
+            self.register_buffer(
+                "unigram", unigram, persistent=False
+            )  # log-frequencies of the training text
         if "stm" in objectives.align:
             self.match_head = nn.Linear(D, 1)
         if "ctc" in objectives.align:
@@ -125,7 +169,10 @@ class SlamPretraining(nn.Module):
         """What each loss of the run is divided by, known before the forward pass: so it can be summed over ranks first."""
         counts = batch.counts()
         if hasattr(self, "ctc_head"):
-            lens, tokens = batch.pairs.text.lens - 1, batch.pairs.clean_tokens[:, 1:]  # without [CLS]
+            lens, tokens = (
+                batch.pairs.text.lens - 1,
+                batch.pairs.clean_tokens[:, 1:],
+            )  # without [CLS]
             fits = L.ctc_fits(subsampled_lens(batch.pairs.speech.feature_lens), tokens, lens)
             counts["ctc"] = float((lens * fits).sum())
         return {name: counts[name] for name in self.objectives}
@@ -139,26 +186,42 @@ class SlamPretraining(nn.Module):
         valid = valid_mask(lens, conv.shape[1])[..., None].to(conv.dtype)
         count = (valid.sum((1, 2), keepdim=True) * conv.shape[2]).clamp(min=1)
         mean = conv.sum((1, 2), keepdim=True) / count  # padding is zero
-        deviation = (((conv - mean) * valid).square().sum((1, 2), keepdim=True) / count).sqrt().detach()
-        return torch.where(masked[..., None], MASK_FILL_STD * deviation * torch.randn_like(conv), conv)
+        deviation = (
+            (((conv - mean) * valid).square().sum((1, 2), keepdim=True) / count).sqrt().detach()
+        )
+        return torch.where(
+            masked[..., None], MASK_FILL_STD * deviation * torch.randn_like(conv), conv
+        )
 
-    def speech_losses(self, speech: data.SpeechBatch) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
+    def speech_losses(
+        self, speech: data.SpeechBatch
+    ) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
         """w2v-BERT on unlabelled speech, or the contrastive loss alone at the top for w2v-conformer."""
-        conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)  # (B, T, C)
+        conv, lens = self.encoder.speech.subsample(
+            speech.features, speech.feature_lens
+        )  # (B, T, C)
         B, T, _ = conv.shape
         at, weight = speech.masked_index, speech.masked_weight  # (M,)
-        context, states = self.encoder.speech.encode(self.mask_fill(conv, speech.masked, lens), lens)
+        context, states = self.encoder.speech.encode(
+            self.mask_fill(conv, speech.masked, lens), lens
+        )
         top = self.encoder.multimodal(states, lens)  # (B, T, D)
         unmasked = conv.flatten(0, 1)[at]  # (M, C): what was there before the mask
         negatives, usable = L.sample_negatives(at // T, weight, L.N_NEGATIVES, B)
 
         if self.objectives_of_run.speech_objective == "contrastive":
             guess = self.context_project(top.flatten(0, 1)[at])
-            return {"contrastive": L.contrastive(guess, self.linear_target(unmasked), negatives, usable, None)}, {}
+            return {
+                "contrastive": L.contrastive(
+                    guess, self.linear_target(unmasked), negatives, usable, None
+                )
+            }, {}
 
         codes = self.quantizer(unmasked, weight)
         guess = self.context_project(context.flatten(0, 1)[at])  # (M, code_dim)
-        logits = self.code_head(top.flatten(0, 1)[at]).unflatten(1, codes.ids.shape[1:] + (-1,))  # (M, G, V)
+        logits = self.code_head(top.flatten(0, 1)[at]).unflatten(
+            1, codes.ids.shape[1:] + (-1,)
+        )  # (M, G, V)
         losses = {
             "contrastive": L.contrastive(guess, codes.vectors, negatives, usable, codes.drawn),
             "diversity": L.diversity(codes.soft_perplexity, codes.hard_counts.numel(), weight),
@@ -175,7 +238,9 @@ class SlamPretraining(nn.Module):
         """Span-masked LM; the vocabulary softmax runs on masked positions only."""
         top = self.encoder.multimodal(self.encoder.text(text.tokens), text.lens)  # (B, U, D)
         logits = self.text_head(top.flatten(0, 1)[text.masked_index])  # (M, V)
-        return {"span_lm": L.token_prediction(logits, text.targets, text.masked_weight, self.unigram)}
+        return {
+            "span_lm": L.token_prediction(logits, text.targets, text.masked_weight, self.unigram)
+        }
 
     def pair_losses(self, pairs: data.PairBatch) -> dict[str, L.Loss]:
         """TLM on the joined pair, STM on its [CLS] against another utterance's text, CTC before the text is joined.
@@ -186,7 +251,9 @@ class SlamPretraining(nn.Module):
         speech, text = pairs.speech, pairs.text
         with_stm, clean_stm = hasattr(self, "match_head"), self.objectives_of_run.stm_unmasked
         conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)
-        _, states = self.encoder.speech.encode(self.mask_fill(conv, speech.masked, lens), lens)  # (B, T, D)
+        _, states = self.encoder.speech.encode(
+            self.mask_fill(conv, speech.masked, lens), lens
+        )  # (B, T, D)
         negatives = with_stm and not clean_stm
         texts = torch.cat([text.tokens, pairs.negative_tokens]) if negatives else text.tokens
         text_lens = torch.cat([text.lens, pairs.negative_lens]) if negatives else text.lens
@@ -203,27 +270,39 @@ class SlamPretraining(nn.Module):
             out["stm"] = L.speech_text_matching(self.match_logit(top, text_start), label)
         if hasattr(self, "ctc_head"):
             # UNSPECIFIED IN PAPER (mSLAM): whether CTC sees masked speech. Here it hears all that its transcript says.
-            out["ctc"] = L.ctc(self.ctc_head(states), lens, pairs.clean_tokens[:, 1:], text.lens - 1)  # without [CLS]
+            out["ctc"] = L.ctc(
+                self.ctc_head(states), lens, pairs.clean_tokens[:, 1:], text.lens - 1
+            )  # without [CLS]
         return out
 
-    def encode_pairs(self, states: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_pairs(
+        self, states: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Join speech states (B, T, D) with B or 2B rows of text -> (rows, T+U, D) and (rows,) places of [CLS]."""
         copies = tokens.shape[0] // states.shape[0]
         states, lens = states.repeat(copies, 1, 1), lens.repeat(copies)
         joined, joined_lens = join(states, lens, self.encoder.text(tokens), token_lens)
         return self.encoder.multimodal(joined, joined_lens), lens
 
-    def tlm_losses(self, pairs: data.PairBatch, conv: Tensor, top: Tensor, text_start: Tensor) -> dict[str, L.Loss]:
+    def tlm_losses(
+        self, pairs: data.PairBatch, conv: Tensor, top: Tensor, text_start: Tensor
+    ) -> dict[str, L.Loss]:
         """Masked tokens and masked codes of the joined pair; only its true texts, which are the first B rows of `top`."""
         speech, text = pairs.speech, pairs.text
-        (T, U), length, flat = (conv.shape[1], text.tokens.shape[1]), top.shape[1], top.flatten(0, 1)
+        (T, U), length, flat = (
+            (conv.shape[1], text.tokens.shape[1]),
+            top.shape[1],
+            top.flatten(0, 1),
+        )
         row, place = speech.masked_index // T, speech.masked_index % T
         ids = self.quantizer.name(conv.flatten(0, 1)[speech.masked_index])  # (M, G)
         code_logits = self.code_head(flat[row * length + place]).unflatten(1, ids.shape[1:] + (-1,))
         row, place = text.masked_index // U, text.masked_index % U
         token_logits = self.text_head(flat[row * length + text_start[row] + place])
         return {
-            "tlm_text": L.token_prediction(token_logits, text.targets, text.masked_weight, self.unigram),
+            "tlm_text": L.token_prediction(
+                token_logits, text.targets, text.masked_weight, self.unigram
+            ),
             "tlm_speech": L.code_prediction(code_logits, ids, speech.masked_weight),
         }
 
@@ -236,23 +315,33 @@ class SlamPretraining(nn.Module):
 # ---------------------------------------------------------------------------------------------- held-out probes
 
 
-def evaluate(model: SlamPretraining, rows: dict[str, Any], args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+def evaluate(
+    model: SlamPretraining, rows: dict[str, Any], args: argparse.Namespace, ranks: Ranks
+) -> dict[str, float]:
     """Held-out losses and accuracies of every objective, and two probes of alignment.
 
     `acc/tlm_text_wrong_speech` is TLM's text accuracy when each transcript is joined with another row's speech: what it
     lacks against `acc/tlm_text` is what the model hears. `acc/retrieval` finds the transcript among RETRIEVAL_TEXTS.
     """
-    of_micro_batch = {name: units // args.micro_batches for name, units in stream_units(args).items()}
+    of_micro_batch = {
+        name: units // args.micro_batches for name, units in stream_units(args).items()
+    }
 
     def batches(*names: str) -> Iterator[data.Batch]:
         for name in names:
             if rows.get(name) is not None:
                 units = max(of_micro_batch[name], int(rows[name].lengths.max()))
-                yield from data.dev_batches(**{name: rows[name]}, speech_units=units, text_units=units)
+                yield from data.dev_batches(
+                    **{name: rows[name]}, speech_units=units, text_units=units
+                )
 
-    metrics = training.means(training.evaluate_sums(model, batches("speech", "text", "pairs"), args, ranks))
+    metrics = training.means(
+        training.evaluate_sums(model, batches("speech", "text", "pairs"), args, ranks)
+    )
     if rows.get("pairs") is not None and "tlm" in model.objectives_of_run.align:
-        wrong = (with_wrong_speech(batch) for batch in batches("pairs") if len(batch.pairs.text.lens) > 1)
+        wrong = (
+            with_wrong_speech(batch) for batch in batches("pairs") if len(batch.pairs.text.lens) > 1
+        )
         metrics["acc/tlm_text_wrong_speech"] = training.means(
             training.evaluate_sums(model, wrong, args, ranks)
         ).get("acc/tlm_text", math.nan)
@@ -278,7 +367,9 @@ def with_wrong_speech(batch: data.Batch) -> data.Batch:
 
 
 @torch.no_grad()
-def retrieval(model: SlamPretraining, rows: data.PairRows, args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+def retrieval(
+    model: SlamPretraining, rows: data.PairRows, args: argparse.Namespace, ranks: Ranks
+) -> dict[str, float]:
     """Share of held-out utterances whose own transcript has the highest match among RETRIEVAL_TEXTS different ones.
 
     Speech and text are whole (unmasked). Every candidate list is the same: the first different transcripts of the set.
@@ -298,10 +389,16 @@ def retrieval(model: SlamPretraining, rows: data.PairRows, args: argparse.Namesp
         with training.autocast(ranks.device, args.dtype):
             conv, speech_lens = model.encoder.speech.subsample(speech.features, speech.feature_lens)
             _, states = model.encoder.speech.encode(conv, speech_lens)  # (1, T, D)
-            scores = model.match_logit(*model.encode_pairs(states, speech_lens, padded, lens))  # (candidates,)
+            scores = model.match_logit(
+                *model.encode_pairs(states, speech_lens, padded, lens)
+            )  # (candidates,)
         found += torch.tensor([float(scores.argmax() == place), 1.0], dtype=torch.float64)
     right, asked = ranks.sum(found.to(ranks.device)).tolist()
-    return {"acc/retrieval": right / max(asked, 1), "chance/retrieval": 1 / max(len(candidates), 1), "count/retrieval": asked}
+    return {
+        "acc/retrieval": right / max(asked, 1),
+        "chance/retrieval": 1 / max(len(candidates), 1),
+        "count/retrieval": asked,
+    }
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -318,9 +415,13 @@ def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
                 data.librispeech_manifest(root / "LibriSpeech", path, splits)
         if not (prepared / "tokenizer.model").exists():
             with open(root / "text" / "train.txt", encoding="utf-8") as lines:
-                data.Tokenizer.train(lines, DEMO_VOCABULARY, "lower").save(prepared / "tokenizer.model")
+                data.Tokenizer.train(lines, DEMO_VOCABULARY, "lower").save(
+                    prepared / "tokenizer.model"
+                )
     ranks.wait()
-    args.speech, args.paired, args.dev_speech = (str(prepared / f"{n}.jsonl") for n in DEMO_MANIFESTS)
+    args.speech, args.paired, args.dev_speech = (
+        str(prepared / f"{n}.jsonl") for n in DEMO_MANIFESTS
+    )
     args.dev_paired = args.dev_speech
     args.text, args.dev_text = str(root / "text" / "train.txt"), str(root / "text" / "dev.txt")
     args.tokenizer = args.tokenizer or prepared / "tokenizer.model"
@@ -339,27 +440,36 @@ def paths_of(comma_list: str | None) -> list[Path]:
     return [Path(part) for part in (comma_list or "").split(",") if part]
 
 
-def load_rows(args: argparse.Namespace, objectives: Objectives, tokenizer: data.Tokenizer | None, dev: bool) -> dict[str, Any]:
+def load_rows(
+    args: argparse.Namespace, objectives: Objectives, tokenizer: data.Tokenizer | None, dev: bool
+) -> dict[str, Any]:
     """The rows of the streams that the objectives read: {"speech": SpeechRows, "text": TextRows, "pairs": PairRows}.
 
     Raises ValueError naming the flag when a stream of a training run has no data; held-out streams may be missing.
     """
     prefix, rows = ("dev_" if dev else ""), {}
-    wanted = [(m, m) for m in objectives.modalities] + ([("pairs", "paired")] if objectives.align else [])
+    wanted = [(m, m) for m in objectives.modalities] + (
+        [("pairs", "paired")] if objectives.align else []
+    )
     for stream, name in wanted:
         paths = paths_of(getattr(args, prefix + name))
         if not paths:
             if dev:
                 continue
             what = "--align" if stream == "pairs" else "--modalities"
-            raise ValueError(f"--{name} is missing: {what} asks for {stream}; give its files, or no data at all for the demo")
+            raise ValueError(
+                f"--{name} is missing: {what} asks for {stream}; give its files, or no data at all for the demo"
+            )
         if stream == "speech":
             rows[stream] = data.SpeechRows(data.Manifest.read(paths), args.max_audio_s, args.seed)
         elif stream == "text":
-            rows[stream] = data.TextRows.pack(data.TextCorpus.open(paths, tokenizer), args.row_tokens, args.seed)
+            rows[stream] = data.TextRows.pack(
+                data.TextCorpus.open(paths, tokenizer), args.row_tokens, args.seed
+            )
         else:
             manifest = data.Manifest.read(paths, text_required=True)
-            rows[stream] = data.PairRows(manifest, tokenizer, args.max_audio_s, args.seed)
+            masks = {"speech_mask": args.tlm_speech_mask, "text_mask": args.tlm_text_mask}
+            rows[stream] = data.PairRows(manifest, tokenizer, args.max_audio_s, args.seed, **masks)
     return rows
 
 
@@ -376,7 +486,11 @@ def make_plans(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, data
     """One endless batch plan a stream. Streams have fixed numbers, so adding pairs leaves the order of speech alone."""
     return {
         name: data.BatchPlan(
-            rows[name].lengths, units, micro_batches=args.micro_batches, seed=args.seed, stream=number
+            rows[name].lengths,
+            units,
+            micro_batches=args.micro_batches,
+            seed=args.seed,
+            stream=number,
         )
         for number, (name, units) in enumerate(stream_units(args).items())
         if name in rows
@@ -394,7 +508,9 @@ def unigram_of(rows: dict[str, Any], vocab_size: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- starting and going on
 
 
-def initialise(model: SlamPretraining, checkpoint: dict[str, Any], ranks: Ranks) -> dict[str, Tensor]:
+def initialise(
+    model: SlamPretraining, checkpoint: dict[str, Any], ranks: Ranks
+) -> dict[str, Tensor]:
     """Start a stage from another stage's weights; new heads stay as they were made.
 
     Returns: the weights that this stage does not build (text, when going on with speech alone). They are carried in its
@@ -412,23 +528,36 @@ def initialise(model: SlamPretraining, checkpoint: dict[str, Any], ranks: Ranks)
     model.load_state_dict(own | matched)
     carried = {name: value for name, value in weights.items() if name not in own}
     fresh = sorted({name.split(".")[0] for name in own.keys() - matched.keys()})
-    ranks.log(f"init: {len(matched)} of {len(own)} tensors taken, {len(carried)} carried unread, new: {', '.join(fresh) or 'none'}")
+    ranks.log(
+        f"init: {len(matched)} of {len(own)} tensors taken, {len(carried)} carried unread, new: {', '.join(fresh) or 'none'}"
+    )
     return carried
 
 
-def fingerprint(args: argparse.Namespace, config: SlamConfig, objectives: Objectives, rows: dict[str, Any]) -> dict[str, Any]:
+def fingerprint(
+    args: argparse.Namespace, config: SlamConfig, objectives: Objectives, rows: dict[str, Any]
+) -> dict[str, Any]:
     """What must be equal for a resumed run to be the run that was interrupted."""
     return {
         "--size and its options": dataclasses.asdict(config),
-        "--modalities, --align, --speech-objective": json.loads(json.dumps(dataclasses.asdict(objectives))),
+        "--modalities, --align, --speech-objective": json.loads(
+            json.dumps(dataclasses.asdict(objectives))
+        ),
         "--seed": args.seed,
-        "--batch-s, --batch-tokens, --batch-paired-s": [args.batch_s, args.batch_tokens, args.batch_paired_s],
+        "--batch-s, --batch-tokens, --batch-paired-s": [
+            args.batch_s,
+            args.batch_tokens,
+            args.batch_paired_s,
+        ],
         "--lr, --warmup-steps": [args.lr, args.warmup_steps],
+        "--tlm-speech-mask, --tlm-text-mask": [args.tlm_speech_mask, args.tlm_text_mask],
         "--weight-decay, --grad-clip": [args.weight_decay, args.grad_clip],
         "--loss-weights": args.loss_weights,
         "--dtype": args.dtype,
         "--max-audio-s, --row-tokens": [args.max_audio_s, args.row_tokens],
-        "the manifests": {name: [len(its.lengths), int(its.lengths.sum())] for name, its in rows.items()},
+        "the manifests": {
+            name: [len(its.lengths), int(its.lengths.sum())] for name, its in rows.items()
+        },
     }
 
 
@@ -449,7 +578,9 @@ def parameter_table(model: SlamPretraining) -> str:
     """Lines of name and millions of parameters, the 24 blocks of `xl` apart from what surrounds them."""
 
     def count(*modules: nn.Module | None) -> int:
-        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+        return sum(
+            p.numel() for module in modules if module is not None for p in module.parameters()
+        )
 
     encoder, parts = model.encoder, []
     stacks = [encoder.multimodal] + ([encoder.speech.stack] if encoder.speech else [])
@@ -459,7 +590,9 @@ def parameter_table(model: SlamPretraining) -> str:
         parts.append(("text embedding", count(encoder.text)))
         parts.append(("blocks and embedding", count(*stacks, encoder.text)))
     if encoder.speech is not None:
-        parts.append(("subsampling and linears", count(encoder.speech) - count(encoder.speech.stack)))
+        parts.append(
+            ("subsampling and linears", count(encoder.speech) - count(encoder.speech.stack))
+        )
     heads = {name: module for name, module in model.named_children() if name != "encoder"}
     parts += [(name.replace("_", " "), count(module)) for name, module in heads.items()]
     parts.append(("all", count(model)))
@@ -486,14 +619,20 @@ def plan_table(plans: dict[str, data.BatchPlan]) -> str:
     lines = []
     for name, plan in plans.items():
         unit, scale = ("tokens", 1) if name == "text" else ("s", 100)
-        lines.append(f"  {name}: {sum(map(len, plan.rows))} rows, padding {100 * plan.padding_waste():.1f}%")
+        lines.append(
+            f"  {name}: {sum(map(len, plan.rows))} rows, padding {100 * plan.padding_waste():.1f}%"
+        )
         for row in plan.describe():
             longest = row["longest"] / scale
-            lines.append(f"    up to {longest:7.2f} {unit:<6} {row['rows']:>9} rows, {row['rows_per_micro']} a micro-batch")
+            lines.append(
+                f"    up to {longest:7.2f} {unit:<6} {row['rows']:>9} rows, {row['rows_per_micro']} a micro-batch"
+            )
     return "\n".join(lines)
 
 
-def progress_line(step: int, args: argparse.Namespace, metrics: dict[str, float], objectives: list[str]) -> str:
+def progress_line(
+    step: int, args: argparse.Namespace, metrics: dict[str, float], objectives: list[str]
+) -> str:
     """One plain line: each loss with its accuracy, codes, rate, speed."""
     parts = [f"step {step:>5}/{args.max_steps}"]
     for name in objectives:
@@ -502,7 +641,9 @@ def progress_line(step: int, args: argparse.Namespace, metrics: dict[str, float]
             parts.append(f"{name} {metrics[f'loss/{name}']:.3f}{accuracy}")
     if "ppl/code" in metrics:
         parts.append(f"ppl {metrics['ppl/code']:.0f}")
-    parts.append(f"lr {metrics['lr']:.1e}  grad {metrics['grad_norm']:.2f}  {metrics['step_ms']:.0f} ms")
+    parts.append(
+        f"lr {metrics['lr']:.1e}  grad {metrics['grad_norm']:.2f}  {metrics['step_ms']:.0f} ms"
+    )
     return "  ".join(parts)
 
 
@@ -521,7 +662,9 @@ def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
             cells += [cell(f"acc/{name}", True, 11), cell(f"chance/{name}", True, 9)]
             lines.append(f"  {name:<24}" + "".join(cells))
     if "codes_used" in metrics:
-        lines.append(f"  codes in use {100 * metrics['codes_used']:.1f}%, perplexity {metrics['ppl/code']:.1f}")
+        lines.append(
+            f"  codes in use {100 * metrics['codes_used']:.1f}%, perplexity {metrics['ppl/code']:.1f}"
+        )
     return "\n".join(lines)
 
 
@@ -533,9 +676,16 @@ def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
     import matplotlib.pyplot as plt
 
     rows = training.read_metrics(out_dir / "metrics.jsonl")
-    panels = [name for name in objectives if any(f"loss/{name}" in row for row in rows)] + ["ppl/code"]
+    panels = [name for name in objectives if any(f"loss/{name}" in row for row in rows)] + [
+        "ppl/code"
+    ]
     columns = min(4, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.4 * columns, 2.6 * -(-len(panels) // columns)), squeeze=False)
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns),
+        columns,
+        figsize=(3.4 * columns, 2.6 * -(-len(panels) // columns)),
+        squeeze=False,
+    )
     for axis, name in zip(axes.flat, panels):
         keys = [("ppl/code", "train", "C0-")] if name == "ppl/code" else [
             (f"loss/{name}", "train", "C0-"), (f"chance_loss/{name}", "chance", "C1:"), (f"dev/loss/{name}", "held out", "C2o"),
@@ -562,27 +712,86 @@ def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; defaults that belong to a size stay None until the size is known."""
-    parser = argparse.ArgumentParser(description="Pre-train SLAM. With no data arguments: on the embedded demo corpus.")
-    g = parser.add_argument_group("data (comma lists are pooled; manifests are JSON lines, see data.py)")
+    parser = argparse.ArgumentParser(
+        description="Pre-train SLAM. With no data arguments: on the embedded demo corpus."
+    )
+    g = parser.add_argument_group(
+        "data (comma lists are pooled; manifests are JSON lines, see data.py)"
+    )
     g.add_argument("--speech", metavar="A.jsonl,...", help="unlabelled audio")
-    g.add_argument("--text", metavar="A.txt,...", help="plain sentences, one a line, blank lines between documents")
+    g.add_argument(
+        "--text",
+        metavar="A.txt,...",
+        help="plain sentences, one a line, blank lines between documents",
+    )
     g.add_argument("--paired", metavar="A.jsonl,...", help="transcribed audio")
     for name in ("speech", "text", "paired"):
-        g.add_argument(f"--dev-{name}", metavar="FILES", help=f"held-out {name}, for the evaluations")
-    g.add_argument("--tokenizer", type=Path, help="SentencePiece model made by `python data.py tokenizer`")
-    g.add_argument("--demo-dir", type=Path, default=Path("demo_data"), help="where the demo is kept (default: %(default)s)")
-    g.add_argument("--max-audio-s", type=float, default=30.0, help="longer speech is cut, longer pairs left out (%(default)s)")
-    g.add_argument("--batch-s", type=float, help="seconds of unlabelled audio a step, all ranks (default: the size's)")
-    g.add_argument("--batch-paired-s", type=float, help="seconds of transcribed audio a step (default: the size's)")
-    g.add_argument("--batch-tokens", type=int, help="text tokens a step, all ranks (default: the size's)")
-    g.add_argument("--row-tokens", type=int, help="longest text row in tokens (default: the size's)")
+        g.add_argument(
+            f"--dev-{name}", metavar="FILES", help=f"held-out {name}, for the evaluations"
+        )
+    g.add_argument(
+        "--tokenizer", type=Path, help="SentencePiece model made by `python data.py tokenizer`"
+    )
+    g.add_argument(
+        "--demo-dir",
+        type=Path,
+        default=Path("demo_data"),
+        help="where the demo is kept (default: %(default)s)",
+    )
+    g.add_argument(
+        "--max-audio-s",
+        type=float,
+        default=30.0,
+        help="longer speech is cut, longer pairs left out (%(default)s)",
+    )
+    g.add_argument(
+        "--batch-s",
+        type=float,
+        help="seconds of unlabelled audio a step, all ranks (default: the size's)",
+    )
+    g.add_argument(
+        "--batch-paired-s",
+        type=float,
+        help="seconds of transcribed audio a step (default: the size's)",
+    )
+    g.add_argument(
+        "--batch-tokens", type=int, help="text tokens a step, all ranks (default: the size's)"
+    )
+    g.add_argument(
+        "--row-tokens", type=int, help="longest text row in tokens (default: the size's)"
+    )
     g = parser.add_argument_group("model and objectives")
-    g.add_argument("--size", choices=SIZES, default="tiny", help="see SIZES in conformer.py (default: %(default)s)")
-    g.add_argument("--modalities", default="speech,text", help="speech | text | speech,text (default: %(default)s)")
-    g.add_argument("--align", help="none | tlm | tlm,stm | tlm,stm,ctc (default: tlm,stm with both modalities)")
-    g.add_argument("--speech-objective", choices=("w2v-bert", "contrastive"), default="w2v-bert", help="contrastive: w2v-conformer")
-    g.add_argument("--stm-unmasked", action="store_true", help="matching on clean speech and text (default: masked as for TLM)")
-    g.add_argument("--out-dir", type=Path, default=Path("runs/demo"), help="checkpoints, metrics.jsonl, curves.png (%(default)s)")
+    g.add_argument(
+        "--size",
+        choices=SIZES,
+        default="tiny",
+        help="see SIZES in conformer.py (default: %(default)s)",
+    )
+    g.add_argument(
+        "--modalities",
+        default="speech,text",
+        help="speech | text | speech,text (default: %(default)s)",
+    )
+    g.add_argument(
+        "--align", help="none | tlm | tlm,stm | tlm,stm,ctc (default: tlm,stm with both modalities)"
+    )
+    g.add_argument(
+        "--speech-objective",
+        choices=("w2v-bert", "contrastive"),
+        default="w2v-bert",
+        help="contrastive: w2v-conformer",
+    )
+    g.add_argument(
+        "--stm-unmasked",
+        action="store_true",
+        help="matching on clean speech and text (default: masked as for TLM)",
+    )
+    g.add_argument(
+        "--out-dir",
+        type=Path,
+        default=Path("runs/demo"),
+        help="checkpoints, metrics.jsonl, curves.png (%(default)s)",
+    )
     training.add_arguments(parser)
     return parser.parse_args(argv)
 
@@ -590,33 +799,65 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
     """Fill in what depends on the size, on the ranks and on other flags. Raises ValueError for what cannot be."""
     size = sized(args.size)
-    for name in ("max_steps", "lr", "warmup_steps", "grad_clip", "batch_s", "batch_paired_s", "batch_tokens", "row_tokens"):
+    for name in (
+        "max_steps",
+        "lr",
+        "warmup_steps",
+        "grad_clip",
+        "batch_s",
+        "batch_paired_s",
+        "batch_tokens",
+        "row_tokens",
+    ):
         if getattr(args, name) is None:
             setattr(args, name, getattr(size, name))
-    for name in ("max_steps", "micro_batches", "log_every", "save_every", "keep_last", "max_bad_steps", "batch_tokens"):
+    for name in (
+        "max_steps",
+        "micro_batches",
+        "log_every",
+        "save_every",
+        "keep_last",
+        "max_bad_steps",
+        "batch_tokens",
+    ):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1"
+            )
     modalities = tuple(args.modalities.split(","))
     both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
     align = args.align or ("tlm,stm" if both else "none")
     align = () if align == "none" else tuple(align.split(","))
     objectives = Objectives(modalities, align, args.speech_objective, args.stm_unmasked)
+    for flag in ("tlm_speech_mask", "tlm_text_mask"):
+        if not 0 < getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a share between 0 and 1")
     args.dtype = training.resolve_dtype(args.dtype, ranks.device)
-    args.loss_weights = {"diversity": DIVERSITY_WEIGHT} | training.parse_weights(args.loss_weights, objectives.names)
+    args.loss_weights = {"diversity": DIVERSITY_WEIGHT} | training.parse_weights(
+        args.loss_weights, objectives.names
+    )
     return objectives
 
 
-def resolve_micro_batches(args: argparse.Namespace, ranks: Ranks, checkpoint: dict[str, Any] | None) -> None:
+def resolve_micro_batches(
+    args: argparse.Namespace, ranks: Ranks, checkpoint: dict[str, Any] | None
+) -> None:
     """A: as given, else as the resumed run had it, else one a rank. It must be a multiple of the number of ranks."""
     stored = checkpoint["args"]["micro_batches"] if checkpoint else None
     args.micro_batches = args.micro_batches or stored or ranks.world_size
     if stored and stored != args.micro_batches:
-        raise ValueError(f"--micro-batches {args.micro_batches}: the run to resume has {stored}, which its batch plan depends on")
+        raise ValueError(
+            f"--micro-batches {args.micro_batches}: the run to resume has {stored}, which its batch plan depends on"
+        )
     if args.micro_batches % ranks.world_size:
-        raise ValueError(f"--micro-batches {args.micro_batches} must be a multiple of the {ranks.world_size} ranks")
+        raise ValueError(
+            f"--micro-batches {args.micro_batches} must be a multiple of the {ranks.world_size} ranks"
+        )
 
 
-def describe(model: SlamPretraining, plans: dict[str, data.BatchPlan], args: argparse.Namespace) -> str:
+def describe(
+    model: SlamPretraining, plans: dict[str, data.BatchPlan], args: argparse.Namespace
+) -> str:
     """What a run is, before it starts: parameters, chance levels, batch plan."""
     streams = [f"{args.batch_s:g} s of speech"] if "speech" in model.encoder.modalities else []
     streams += [f"{args.batch_tokens} text tokens"] if "text" in model.encoder.modalities else []
@@ -628,7 +869,9 @@ def describe(model: SlamPretraining, plans: dict[str, data.BatchPlan], args: arg
     ])  # fmt: skip
 
 
-def find_start(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
+def find_start(
+    args: argparse.Namespace,
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
     """(checkpoint to resume, checkpoint to initialise from, its path). A run found in --out-dir wins over both flags."""
     resumed = args.out_dir if (args.out_dir / "ckpt" / "latest").exists() else args.resume
     path = resumed or args.init
@@ -636,20 +879,31 @@ def find_start(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[st
         return None, None, None
     path = training.find_checkpoint(path)
     checkpoint = training.load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {"model", "config", "run", "args", "carried"} <= checkpoint.keys():
-        raise ValueError(f"{path}: is not a checkpoint of pretrain.py: it lacks model, config, run, args or carried")
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"model", "config", "run", "args", "carried"} <= checkpoint.keys()
+    ):
+        raise ValueError(
+            f"{path}: is not a checkpoint of pretrain.py: it lacks model, config, run, args or carried"
+        )
     return (checkpoint, None, path) if resumed else (None, checkpoint, path)
 
 
-def find_tokenizer(args: argparse.Namespace, objectives: Objectives, checkpoint: dict[str, Any] | None) -> data.Tokenizer | None:
+def find_tokenizer(
+    args: argparse.Namespace, objectives: Objectives, checkpoint: dict[str, Any] | None
+) -> data.Tokenizer | None:
     """The checkpoint's tokenizer, or --tokenizer; None when neither is there. Raises ValueError when they differ."""
     stored = checkpoint.get("tokenizer") if checkpoint else None
     kept = data.Tokenizer(bytes(stored.tolist())) if stored is not None else None
     given = data.Tokenizer.load(args.tokenizer) if args.tokenizer else None
     if kept and given and kept.fingerprint != given.fingerprint:
-        raise ValueError(f"--tokenizer {args.tokenizer}: is not the one that the checkpoint was trained with; leave the flag out")
+        raise ValueError(
+            f"--tokenizer {args.tokenizer}: is not the one that the checkpoint was trained with; leave the flag out"
+        )
     if "text" in objectives.modalities and not (kept or given):
-        raise ValueError("--tokenizer is missing: make one with `python data.py tokenizer --text ... --out tokenizer.model`")
+        raise ValueError(
+            "--tokenizer is missing: make one with `python data.py tokenizer --text ... --out tokenizer.model`"
+        )
     return kept or given
 
 
@@ -698,7 +952,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
     if not any(given):
         demo_paths(args, ranks)
     tokenizer = find_tokenizer(args, objectives, resumed or initial)
-    config = sized(args.size, vocab_size=tokenizer.vocab_size if tokenizer else sized(args.size).vocab_size)
+    config = sized(
+        args.size, vocab_size=tokenizer.vocab_size if tokenizer else sized(args.size).vocab_size
+    )
     for turn in (True, False):  # local rank 0 first: it writes the token cache that the others find
         if turn == (ranks.local_rank == 0):
             rows, dev_rows = (load_rows(args, objectives, tokenizer, dev) for dev in (False, True))
@@ -712,10 +968,14 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         for reason, n in getattr(its, "left_out", {}).items():
             ranks.log(f"{name}: {n} rows left out: {reason}")
         if getattr(its, "widened", 0):
-            ranks.log(f"{name}: {its.widened} rows have no other transcript within 10% of their length; wider ones are drawn")
+            ranks.log(
+                f"{name}: {its.widened} rows have no other transcript within 10% of their length; wider ones are drawn"
+            )
 
     torch.manual_seed(args.seed)
-    model = SlamPretraining(config, objectives).to(ranks.device, torch.float64 if args.dtype == "fp64" else torch.float32)
+    model = SlamPretraining(config, objectives).to(
+        ranks.device, torch.float64 if args.dtype == "fp64" else torch.float32
+    )
     if "text" in rows:
         model.unigram.copy_(unigram_of(rows, config.vocab_size))
     identity, start_step, carried = fingerprint(args, config, objectives, rows), 0, {}
@@ -723,7 +983,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         check_same_run(resumed["run"], identity, path)
         start_step, carried = resumed["step"], resumed["carried"]
         if start_step >= args.max_steps:
-            ranks.log(f"{path}: this run has made its {args.max_steps} steps; raise --max-steps, or choose another --out-dir")
+            ranks.log(
+                f"{path}: this run has made its {args.max_steps} steps; raise --max-steps, or choose another --out-dir"
+            )
             return None
         model.load_state_dict(resumed["model"])
         ranks.log(f"resumed {path} at step {start_step}")
@@ -733,11 +995,25 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         mean, std = data.feature_statistics(rows["speech"].manifest, seed=args.seed)
         model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
         model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
-    optimizer = training.make_optimizer(model, args.weight_decay, dict.fromkeys(TARGET_PARTS, config.target_lr_scale))
+    optimizer = training.make_optimizer(
+        model, args.weight_decay, dict.fromkeys(TARGET_PARTS, config.target_lr_scale)
+    )
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
     training.make_fast(model, args.fast, ranks.device)
-    return Run(args, ranks, model, optimizer, rows, dev_rows, plans, tokenizer, identity, start_step, carried)
+    return Run(
+        args,
+        ranks,
+        model,
+        optimizer,
+        rows,
+        dev_rows,
+        plans,
+        tokenizer,
+        identity,
+        start_step,
+        carried,
+    )
 
 
 def follow(run: Run) -> bool:
@@ -747,7 +1023,12 @@ def follow(run: Run) -> bool:
     if ranks.rank == 0:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         plain = {k: (str(v) if isinstance(v, Path) else v) for k, v in vars(args).items()}
-        about = {"argv": sys.argv, "args": plain, "config": dataclasses.asdict(model.config), "versions": training.versions()}
+        about = {
+            "argv": sys.argv,
+            "args": plain,
+            "config": dataclasses.asdict(model.config),
+            "versions": training.versions(),
+        }
         (args.out_dir / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         log = training.MetricsLog(args.out_dir, run.start_step)
     show = training.progress_bar(args.max_steps, run.start_step, ranks)
@@ -774,9 +1055,19 @@ def follow(run: Run) -> bool:
     dataset = data.PretrainData(**{name: (run.rows[name], run.plans[name]) for name in run.rows})
     own = range(ranks.rank, args.micro_batches, ranks.world_size)
     order = ((step, k) for step in range(run.start_step, args.max_steps) for k in own)
-    batches = iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers))
+    batches = iter(
+        DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers)
+    )
     finished = training.train(
-        model, batches, args, ranks, run.start_step, optimizer=run.optimizer, on_log=on_log, on_save=run.save, on_eval=on_eval
+        model,
+        batches,
+        args,
+        ranks,
+        run.start_step,
+        optimizer=run.optimizer,
+        on_log=on_log,
+        on_save=run.save,
+        on_eval=on_eval,
     )
     if finished and ranks.rank == 0:
         ranks.log(f"curves: {draw_curves(args.out_dir, model.objectives)}")
@@ -792,7 +1083,9 @@ def main(argv: list[str] | None = None) -> None:
         if run is not None:
             ranks.log(describe(run.model, run.plans, args))
             if not follow(run):
-                raise SystemExit(128 + signal.SIGTERM)  # as if the signal had ended it, so that scripts do not go on
+                raise SystemExit(
+                    128 + signal.SIGTERM
+                )  # as if the signal had ended it, so that scripts do not go on
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -21,7 +21,9 @@ class Quantized(NamedTuple):
     """What the quantizer says of M frames."""
 
     vectors: Tensor  # (M, code_dim) float32: one codebook row a group, concatenated; gradient reaches the logits
-    ids: Tensor  # (M, G) int64: noise-free argmax, the target of masked code prediction; no gradient
+    ids: (
+        Tensor  # (M, G) int64: noise-free argmax, the target of masked code prediction; no gradient
+    )
     drawn: Tensor  # (M, G) int64: the entries that `vectors` holds; with noise in training, equal to ids in eval
     soft_perplexity: Tensor  # () float32 with gradient, 1..V for each group, summed over groups: for the diversity loss
     hard_counts: Tensor  # (G, V) float32: how often each entry is the noise-free argmax
@@ -46,7 +48,11 @@ class GumbelQuantizer(nn.Module):
     ) -> None:
         """Args: dim C; temperature (start, factor per step, floor); codebook_init "uniform" U(0, 1) or "normal" N(0, 1)."""
         super().__init__()
-        self.n_codebooks, self.n_codes, self.temperature_schedule = n_codebooks, n_codes, temperature
+        self.n_codebooks, self.n_codes, self.temperature_schedule = (
+            n_codebooks,
+            n_codes,
+            temperature,
+        )
         self.norm = nn.LayerNorm(dim)
         self.logits = nn.Linear(dim, n_codebooks * n_codes)
         draw = {"uniform": torch.rand, "normal": torch.randn}[codebook_init]
@@ -66,7 +72,9 @@ class GumbelQuantizer(nn.Module):
         """The ids of M frames and nothing else, (M, C) -> (M, G) int64: noise-free, no gradient."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.codebook.dtype)
-            return self.logits(self.norm(features)).view(-1, self.n_codebooks, self.n_codes).argmax(-1)
+            return (
+                self.logits(self.norm(features)).view(-1, self.n_codebooks, self.n_codes).argmax(-1)
+            )
 
     def forward(self, features: Tensor, weight: Tensor) -> Quantized:
         """Quantize M frames.
@@ -75,26 +83,41 @@ class GumbelQuantizer(nn.Module):
         """
         M, G, V = features.shape[0], self.n_codebooks, self.n_codes
         with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.codebook.dtype)  # an fp32 island: bf16 noise would choose the codes
+            features = features.to(
+                self.codebook.dtype
+            )  # an fp32 island: bf16 noise would choose the codes
             logits = self.logits(self.norm(features)).view(M, G, V)
             ids = logits.argmax(-1)  # (M, G)
             if self.training:
-                noise = -torch.empty_like(logits).exponential_().clamp_min(torch.finfo(logits.dtype).tiny).log()
+                noise = (
+                    -torch.empty_like(logits)
+                    .exponential_()
+                    .clamp_min(torch.finfo(logits.dtype).tiny)
+                    .log()
+                )
                 soft = ((logits + noise) / self.temperature.to(logits.dtype)).softmax(-1)
                 drawn = soft.argmax(-1)
-                one_hot = F.one_hot(drawn, V) + (soft - soft.detach())  # straight-through: the bracket is exactly zero
+                one_hot = F.one_hot(drawn, V) + (
+                    soft - soft.detach()
+                )  # straight-through: the bracket is exactly zero
             else:
                 drawn, one_hot = ids, F.one_hot(ids, V).to(logits.dtype)
-            vectors = torch.einsum("mgv,gvd->mgd", one_hot, self.codebook).flatten(1)  # (M, code_dim)
+            vectors = torch.einsum("mgv,gvd->mgd", one_hot, self.codebook).flatten(
+                1
+            )  # (M, code_dim)
             # Diversity counts every masked frame once, by the plain softmax, without noise or temperature.
-            mean = (logits.softmax(-1) * weight[:, None, None]).sum(0) / weight.sum().clamp(min=1)  # (G, V)
+            mean = (logits.softmax(-1) * weight[:, None, None]).sum(0) / weight.sum().clamp(
+                min=1
+            )  # (G, V)
             hard = (F.one_hot(ids, V).to(logits.dtype) * weight[:, None, None]).sum(0)  # (G, V)
         return Quantized(vectors, ids, drawn, perplexity(mean).sum(), hard.detach())
 
 
 def perplexity(probabilities: Tensor) -> Tensor:
     """exp(entropy) over the last dimension: (..., V) -> (...). 1 when one entry has it all, V when all are equal."""
-    tiny = torch.finfo(probabilities.dtype).tiny  # a probability of exactly 0 would have an infinite gradient
+    tiny = torch.finfo(
+        probabilities.dtype
+    ).tiny  # a probability of exactly 0 would have an infinite gradient
     return torch.exp(-(probabilities * probabilities.clamp_min(tiny).log()).sum(-1))
 
 

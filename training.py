@@ -98,7 +98,9 @@ def seed_micro_batch(seed: int, step: int, k: int) -> None:
 
     So no generator state is ever saved, and a micro-batch draws the same numbers on whichever rank it runs.
     """
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, k]).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, step, k]).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- optimiser
@@ -111,7 +113,9 @@ def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
     return peak * min(step / warmup_steps, math.sqrt(warmup_steps / step))
 
 
-def make_optimizer(model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS 6).
 
     Args: lr_scales {prefix of parameter names: learning rate relative to --lr}; other parameters have 1. With Adam this is
@@ -120,14 +124,18 @@ def make_optimizer(model: nn.Module, weight_decay: float, lr_scales: dict[str, f
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         scale = next((s for prefix, s in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
-        groups.setdefault((scale, weight_decay if parameter.dim() >= 2 else 0.0), []).append(parameter)
+        groups.setdefault((scale, weight_decay if parameter.dim() >= 2 else 0.0), []).append(
+            parameter
+        )
     return torch.optim.AdamW(
         [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
         lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True,
     )  # fmt: skip
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
+) -> tuple[Tensor, Tensor]:
     """Clip to `max_norm` and step, unless a gradient is not finite.
 
     The decision is made on the device by the fused optimiser (`found_inf`, as torch.amp.GradScaler uses it): moments and
@@ -144,13 +152,18 @@ def optimizer_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Paramet
     return norm, skipped
 
 
-def loss_scales(counts: dict[str, Tensor], weights: dict[str, float], world_size: int) -> dict[str, Tensor]:
+def loss_scales(
+    counts: dict[str, Tensor], weights: dict[str, float], world_size: int
+) -> dict[str, Tensor]:
     """What each loss *sum* is multiplied by before backward.
 
     scale = weight x W / (count over all ranks and micro-batches). Gradients of micro-batches add up and DDP averages over
     the W ranks, so this is the gradient of the mean over the whole step's positions, however unevenly they fell.
     """
-    return {name: weights.get(name, 1.0) * world_size / count.clamp(min=1) for name, count in counts.items()}
+    return {
+        name: weights.get(name, 1.0) * world_size / count.clamp(min=1)
+        for name, count in counts.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -200,7 +213,9 @@ class Sums:
             return {}
         keys = sorted(shapes)
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        flat = ranks.sum(torch.cat([self.values.get(key, zero.expand(shapes[key])).reshape(-1) for key in keys])).cpu()
+        flat = ranks.sum(
+            torch.cat([self.values.get(key, zero.expand(shapes[key])).reshape(-1) for key in keys])
+        ).cpu()
         parts = flat.split([math.prod(shapes[key]) for key in keys])
         return {key: part.view(shapes[key]) for key, part in zip(keys, parts)}
 
@@ -216,11 +231,18 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
         out[key] = count
         if count == 0:
             continue
-        for field, label in (("sum", "loss"), ("correct", "acc"), ("chance", "chance"), ("chance_sum", "chance_loss")):
+        for field, label in (
+            ("sum", "loss"),
+            ("correct", "acc"),
+            ("chance", "chance"),
+            ("chance_sum", "chance_loss"),
+        ):
             if f"{field}/{name}" in sums:
                 out[f"{label}/{name}"] = float(sums[f"{field}/{name}"]) / count
     if "code_counts" in sums:
-        share = sums["code_counts"] / sums["code_counts"].sum(-1, keepdim=True).clamp(min=1)  # (G, V)
+        share = sums["code_counts"] / sums["code_counts"].sum(-1, keepdim=True).clamp(
+            min=1
+        )  # (G, V)
         perplexity = torch.exp(-torch.xlogy(share, share).sum(-1))  # (G,)
         out["ppl/code"] = float(perplexity.mean())
         out["codes_used"] = float((share > 0).double().mean())
@@ -231,7 +253,9 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
     """bf16 autocast, or nothing for fp32 and fp64."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
+    )
 
 
 def train(
@@ -248,7 +272,9 @@ def train(
     Raises:  FloatingPointError after args.max_bad_steps steps in a row with non-finite gradients, on all ranks alike.
     """
     stop, parameters = StopSignal(), [p for p in model.parameters() if p.requires_grad]
-    replicas = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world_size > 1 else model
+    replicas = (
+        DistributedDataParallel(model, broadcast_buffers=False) if ranks.world_size > 1 else model
+    )
     local = range(ranks.rank, args.micro_batches, ranks.world_size)
     sums, window_start, window_steps, data_wait = Sums(), time.perf_counter(), 0, 0.0
     bad_steps = skipped_total = torch.zeros((), device=ranks.device)
@@ -260,12 +286,19 @@ def train(
 
         # One small all-reduce: the step's loss counts and whether anybody was told to stop.
         own = [sum(counts) for counts in zip(*(model.counts(batch).values() for batch in batches))]
-        total = ranks.sum(torch.tensor([*own, float(bool(stop.received))], dtype=torch.float64)).tolist()
+        total = ranks.sum(
+            torch.tensor([*own, float(bool(stop.received))], dtype=torch.float64)
+        ).tolist()
         if total[-1]:
             on_save(step)
-            ranks.log(f"stopped by a signal: {step} steps are saved, the same command goes on from there")
+            ranks.log(
+                f"stopped by a signal: {step} steps are saved, the same command goes on from there"
+            )
             return False
-        counts = {n: torch.tensor(c, dtype=torch.float64, device=ranks.device) for n, c in zip(model.objectives, total)}
+        counts = {
+            n: torch.tensor(c, dtype=torch.float64, device=ranks.device)
+            for n, c in zip(model.objectives, total)
+        }
         scales = loss_scales(counts, args.loss_weights, ranks.world_size)
 
         lr = inverse_sqrt(step, args.lr, args.warmup_steps)
@@ -277,7 +310,9 @@ def train(
             with contextlib.nullcontext() if last or ranks.world_size == 1 else replicas.no_sync():
                 with autocast(ranks.device, args.dtype):
                     losses, statistics = replicas(batch)
-                objective = sum(loss.sum * scales[name].to(loss.sum.dtype) for name, loss in losses.items())
+                objective = sum(
+                    loss.sum * scales[name].to(loss.sum.dtype) for name, loss in losses.items()
+                )
                 objective.backward()
             sums.add(losses, statistics)
         grad_norm, skipped = optimizer_step(optimizer, parameters, args.grad_clip)
@@ -290,9 +325,19 @@ def train(
         if done % args.log_every == 0 or done == args.max_steps:
             metrics = means(sums.reduced(ranks))
             elapsed = time.perf_counter() - window_start
-            metrics["loss"] = sum(args.loss_weights.get(n, 1.0) * metrics.get(f"loss/{n}", 0.0) for n in model.objectives)
-            metrics |= {"lr": lr, "grad_norm": float(grad_norm), "skipped_steps": float(skipped_total)}
-            metrics |= {"step_ms": 1e3 * elapsed / window_steps, "data_wait_ms": 1e3 * data_wait / window_steps}
+            metrics["loss"] = sum(
+                args.loss_weights.get(n, 1.0) * metrics.get(f"loss/{n}", 0.0)
+                for n in model.objectives
+            )
+            metrics |= {
+                "lr": lr,
+                "grad_norm": float(grad_norm),
+                "skipped_steps": float(skipped_total),
+            }
+            metrics |= {
+                "step_ms": 1e3 * elapsed / window_steps,
+                "data_wait_ms": 1e3 * data_wait / window_steps,
+            }
             on_log(done, metrics)
             if float(bad_steps) >= args.max_bad_steps:
                 raise FloatingPointError(
@@ -312,7 +357,9 @@ def train(
 
 
 @torch.no_grad()
-def evaluate_sums(model: nn.Module, batches: Iterable[Any], args: argparse.Namespace, ranks: Ranks) -> dict[str, Tensor]:
+def evaluate_sums(
+    model: nn.Module, batches: Iterable[Any], args: argparse.Namespace, ranks: Ranks
+) -> dict[str, Tensor]:
     """Sums of every loss over held-out batches, in eval mode; batch i is run by rank i mod W, so nothing counts twice."""
     model.eval()
     sums = Sums()
@@ -333,7 +380,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     latest = path / "ckpt" / "latest"
     if not latest.exists():
-        raise FileNotFoundError(f"{path}: neither a checkpoint file nor a run's folder with ckpt/latest")
+        raise FileNotFoundError(
+            f"{path}: neither a checkpoint file nor a run's folder with ckpt/latest"
+        )
     return latest.parent / latest.read_text().strip()
 
 
@@ -344,8 +393,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch raises many kinds; each means that this is no checkpoint of ours
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?") from error
+    except (
+        Exception
+    ) as error:  # torch raises many kinds; each means that this is no checkpoint of ours
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
@@ -368,7 +421,9 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
 def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_last: int) -> Path:
     """Write ckpt/step_0001000.pt, then point ckpt/latest at it, then delete all but the newest `keep_last`."""
     path = out_dir / "ckpt" / f"step_{step:07d}.pt"
-    write_atomically(path, lambda file: torch.save(contents | {"step": step, "versions": versions()}, file))
+    write_atomically(
+        path, lambda file: torch.save(contents | {"step": step, "versions": versions()}, file)
+    )
     write_atomically(path.parent / "latest", lambda file: file.write(path.name.encode()))
     for leftover in path.parent.glob("*.tmp"):  # of a save that was killed
         leftover.unlink()
@@ -381,7 +436,10 @@ def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_las
 def versions() -> dict[str, str]:
     """What a run should remember about the software it ran on."""
     git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "python": platform.python_version(),
@@ -400,7 +458,9 @@ class MetricsLog:
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         self.path = out_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
-        write_atomically(self.path, lambda file: file.writelines((json.dumps(r) + "\n").encode() for r in kept))
+        write_atomically(
+            self.path, lambda file: file.writelines((json.dumps(r) + "\n").encode() for r in kept)
+        )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Numbers that are not finite become null, so that every line is JSON."""
@@ -423,7 +483,13 @@ def progress_bar(max_steps: int, start_step: int, ranks: Ranks) -> Callable[[int
     """How a log line is shown: above a bar on a terminal, as a plain line otherwise."""
     if not sys.stderr.isatty():
         return lambda step, line: ranks.log(line)
-    bar = tqdm(total=max_steps, initial=start_step, unit="step", disable=ranks.rank != 0, dynamic_ncols=True)
+    bar = tqdm(
+        total=max_steps,
+        initial=start_step,
+        unit="step",
+        disable=ranks.rank != 0,
+        dynamic_ncols=True,
+    )
 
     def show(step: int, line: str) -> None:
         bar.update(step - bar.n)
@@ -434,7 +500,9 @@ def progress_bar(max_steps: int, start_step: int, ranks: Ranks) -> Callable[[int
     return show
 
 
-def check_alarms(metrics: dict[str, float], step: int, warmup_steps: int, n_codes: int | None) -> dict[str, str]:
+def check_alarms(
+    metrics: dict[str, float], step: int, warmup_steps: int, n_codes: int | None
+) -> dict[str, str]:
     """What is going wrong with a run: {short name: sentence for the log}; empty for a healthy one."""
     alarms = {}
     for name, value in metrics.items():
@@ -442,14 +510,20 @@ def check_alarms(metrics: dict[str, float], step: int, warmup_steps: int, n_code
             alarms[f"not finite {name}"] = f"{name} is not finite"
     if metrics.get("skipped_steps", 0) > 0:
         n_skipped = int(metrics["skipped_steps"])
-        alarms[f"skipped {n_skipped}"] = f"{n_skipped} steps skipped so far: their gradients were not finite"
+        alarms[f"skipped {n_skipped}"] = (
+            f"{n_skipped} steps skipped so far: their gradients were not finite"
+        )
     if step > warmup_steps:
         for name in [k[len("chance_loss/") :] for k in metrics if k.startswith("chance_loss/")]:
             loss, chance = metrics[f"loss/{name}"], metrics[f"chance_loss/{name}"]
             if chance > 0 and loss > (1 - CHANCE_ALARM) * chance:
-                alarms[f"chance {name}"] = f"loss/{name} {loss:.3f} is at its chance level {chance:.3f} after warm-up"
+                alarms[f"chance {name}"] = (
+                    f"loss/{name} {loss:.3f} is at its chance level {chance:.3f} after warm-up"
+                )
     if n_codes and metrics.get("ppl/code", n_codes) < CODEBOOK_ALARM * n_codes:
-        alarms["collapse"] = f"codebook collapse: perplexity {metrics['ppl/code']:.1f} of {n_codes} codes"
+        alarms["collapse"] = (
+            f"codebook collapse: perplexity {metrics['ppl/code']:.1f} of {n_codes} codes"
+        )
     if metrics.get("data_wait_ms", 0) > DATA_WAIT_ALARM * metrics.get("step_ms", math.inf):
         wait, whole = metrics["data_wait_ms"], metrics["step_ms"]
         alarms["data"] = f"{wait:.0f} of {whole:.0f} ms a step wait for data: raise --num-workers"
@@ -468,9 +542,13 @@ def make_fast(model: nn.Module, mode: str, device: torch.device) -> None:
     if mode == "none":
         return
     if mode == "graph" and device.type != "cuda":
-        raise ValueError("--fast graph captures CUDA graphs and this machine has no CUDA device: use --fast none or compile")
+        raise ValueError(
+            "--fast graph captures CUDA graphs and this machine has no CUDA device: use --fast none or compile"
+        )
     if mode == "compile" and device.type == "cpu" and not _has_cpp_compiler():
-        raise ValueError("--fast compile needs a C++ compiler on CPU (g++, clang++ or $CXX) and found none: use --fast none")
+        raise ValueError(
+            "--fast compile needs a C++ compiler on CPU (g++, clang++ or $CXX) and found none: use --fast none"
+        )
     model.compile(dynamic=False, mode="reduce-overhead" if mode == "graph" else "default")
 
 
@@ -490,7 +568,9 @@ def parse_weights(text: str, known: Iterable[str]) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"--loss-weights {part}: expected name=number") from None
         if name not in known:
-            raise ValueError(f"--loss-weights {name}: this run has no such loss; it has {', '.join(known)}")
+            raise ValueError(
+                f"--loss-weights {name}: this run has no such loss; it has {', '.join(known)}"
+            )
     return weights
 
 
@@ -504,22 +584,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("optimisation")
     g.add_argument("--max-steps", type=int, help="optimiser steps in all (default: the size's)")
     g.add_argument("--lr", type=float, help="peak learning rate (default: the size's)")
-    g.add_argument("--warmup-steps", type=int, help="steps of linear warm-up to the peak (default: the size's)")
-    g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW decay of matrices (default: %(default)s)")
+    g.add_argument(
+        "--warmup-steps", type=int, help="steps of linear warm-up to the peak (default: the size's)"
+    )
+    g.add_argument(
+        "--weight-decay",
+        type=float,
+        default=0.01,
+        help="AdamW decay of matrices (default: %(default)s)",
+    )
     g.add_argument("--grad-clip", type=float, help="largest gradient norm (default: the size's)")
-    g.add_argument("--loss-weights", default="", metavar="NAME=W,...", help="weights other than the method's")
-    g.add_argument("--micro-batches", type=int, help="micro-batches a step over all ranks (default: number of ranks)")
-    g.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    g.add_argument(
+        "--loss-weights", default="", metavar="NAME=W,...", help="weights other than the method's"
+    )
+    g.add_argument(
+        "--micro-batches",
+        type=int,
+        help="micro-batches a step over all ranks (default: number of ranks)",
+    )
+    g.add_argument(
+        "--seed", type=int, default=0, help="of everything random (default: %(default)s)"
+    )
     g = parser.add_argument_group("runtime")
-    g.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp64"), default="auto", help="auto: bf16 on CUDA, else fp32")
-    g.add_argument("--fast", choices=("none", "compile", "graph"), default="none", help="fast path (default: %(default)s)")
-    g.add_argument("--num-workers", type=int, default=0, help="loader processes a rank (default: %(default)s)")
-    g.add_argument("--max-bad-steps", type=int, default=20, help="non-finite steps in a row that end the run (%(default)s)")
+    g.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp64"),
+        default="auto",
+        help="auto: bf16 on CUDA, else fp32",
+    )
+    g.add_argument(
+        "--fast",
+        choices=("none", "compile", "graph"),
+        default="none",
+        help="fast path (default: %(default)s)",
+    )
+    g.add_argument(
+        "--num-workers", type=int, default=0, help="loader processes a rank (default: %(default)s)"
+    )
+    g.add_argument(
+        "--max-bad-steps",
+        type=int,
+        default=20,
+        help="non-finite steps in a row that end the run (%(default)s)",
+    )
     g = parser.add_argument_group("output")
-    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
-    g.add_argument("--log-every", type=int, default=20, help="steps between log lines (default: %(default)s)")
-    g.add_argument("--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only at the end)")
-    g.add_argument("--keep-last", type=int, default=2, help="checkpoints kept on disk (default: %(default)s)")
-    g.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights: a .pt file or a run's folder")
-    g.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on from here; a run found in --out-dir goes on anyway")
-    g.add_argument("--dry-run", action="store_true", help="print parameters, chance levels and batch plan, then exit")
+    g.add_argument(
+        "--save-every",
+        type=int,
+        default=1000,
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    g.add_argument(
+        "--log-every", type=int, default=20, help="steps between log lines (default: %(default)s)"
+    )
+    g.add_argument(
+        "--eval-every",
+        type=int,
+        default=0,
+        help="steps between held-out evaluations (0: only at the end)",
+    )
+    g.add_argument(
+        "--keep-last", type=int, default=2, help="checkpoints kept on disk (default: %(default)s)"
+    )
+    g.add_argument(
+        "--init",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from these weights: a .pt file or a run's folder",
+    )
+    g.add_argument(
+        "--resume",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="go on from here; a run found in --out-dir goes on anyway",
+    )
+    g.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, chance levels and batch plan, then exit",
+    )

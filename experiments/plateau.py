@@ -48,7 +48,9 @@ def main() -> None:
             ])  # fmt: skip
             rows = training.read_metrics(Path(folder) / "metrics.jsonl")
         table.append((name, next(row for row in rows if "dev/loss/contrastive" in row)))
-    print(f"{'':<24}{'contrastive':>12}{'chance':>8}{'acc':>8}{'code MLM':>10}{'entropy':>9}{'acc':>8}{'mode':>8}{'codes':>7}")
+    print(
+        f"{'':<24}{'contrastive':>12}{'chance':>8}{'acc':>8}{'code MLM':>10}{'entropy':>9}{'acc':>8}{'mode':>8}{'codes':>7}"
+    )
     for name, row in table:
         d = {key.removeprefix("dev/"): value for key, value in row.items()}
         print(
