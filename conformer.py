@@ -1,16 +1,17 @@
-"""The encoder: log-mel, convolutional subsampling, Conformer blocks, and the stack that reads speech and text.
+"""The encoder: log-mel, subsampling, Conformer blocks, and the stack that reads speech and text.
 
-SLAM (Bapna et al. 2021, arXiv 2110.10329), section 3.1. Speech goes through two strided convolutions and the
-*speech encoder* (N Conformer blocks and a closing linear); text goes through an embedding; both end in the same
-*multimodal encoder* (M Conformer blocks), alone or joined into one sequence. Nothing here masks, samples or
-computes a loss: those live in data.py and losses.py.
+SLAM (Bapna et al. 2021, arXiv 2110.10329), section 3.1. Speech goes through two strided
+convolutions and the *speech encoder* (N Conformer blocks and a closing linear); text goes through
+an embedding; both end in the same *multimodal encoder* (M Conformer blocks), alone or joined into
+one sequence. Nothing here masks, samples or computes a loss: those live in data.py and losses.py.
 
-Padding never matters. Every convolution, norm and attention leaves padding out, so a row has the same output
-alone and in any batch.
+Padding never matters. Every convolution, norm and attention leaves padding out, so a row has the
+same output alone and in any batch.
 
-Public: time constants, special ids, SlamConfig, SIZES, log_mel, subsampled_lens, SlamEncoder and its parts.
-Letters: B batch, N samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, L = T+U joined,
-         C convolution features (640), D model width, H heads.
+Public: time constants, special ids, SlamConfig, SIZES, log_mel, subsampled_lens, SlamEncoder and
+        its parts.
+Letters: B batch, N samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, L =
+         T+U joined, C convolution features (640), D model width, H heads.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 
 
 def exact_div(a: int, b: int) -> int:
@@ -49,9 +50,9 @@ N_SPECIAL = 5
 
 @dataclass(frozen=True)
 class SlamConfig:
-    """One size of the model and the recipe that goes with it. The defaults are `xl`, the paper's size.
+    """One size of the model and the recipe that goes with it. The defaults are `xl`, the paper's.
 
-    What the paper leaves open is marked in METHOD table (a); README.md lists our choices.
+    What the paper leaves open is marked UNSPECIFIED IN PAPER; README.md lists our choices.
     """
 
     # encoder
@@ -73,9 +74,8 @@ class SlamConfig:
     gumbel_decay: float = 0.999995  # per optimiser step
     gumbel_end: float = 0.1
     codebook_init: str = "uniform"  # U(0, 1) as in wav2vec 2.0's code, or "normal"
-    target_lr_scale: float = (
-        1.0  # rate of all that decides the codes (convolutions, quantizer logits), relative to lr
-    )
+    # learning rate of all that decides the codes (convolutions, quantizer logits), relative to lr
+    target_lr_scale: float = 1.0
     # recipe
     lr: float = 6e-4  # UNSPECIFIED IN PAPER: mSLAM's peak rate and warm-up
     warmup_steps: int = 40_000
@@ -89,9 +89,8 @@ class SlamConfig:
     def __post_init__(self) -> None:
         for divisor in ("n_heads", "norm_groups"):
             if self.d_model % getattr(self, divisor):
-                raise ValueError(
-                    f"d_model {self.d_model} must be divisible by {divisor} {getattr(self, divisor)}"
-                )
+                parts = f"{divisor} {getattr(self, divisor)}"
+                raise ValueError(f"d_model {self.d_model} must be divisible by {parts}")
         if self.code_dim % self.n_codebooks:
             raise ValueError(
                 f"code_dim {self.code_dim} must be divisible by n_codebooks {self.n_codebooks}"
@@ -105,20 +104,26 @@ class SlamConfig:
 
     @property
     def conv_dim(self) -> int:
-        """C: width of the subsampled features, channels x mel bins left after two halvings (32 x 20 = 640)."""
+        """C: width of the subsampled features, channels x mel bins after two halvings (32 x 20)."""
         return self.subsample_channels * exact_div(N_MELS, SUBSAMPLING)
 
 
 SIZES: dict[str, SlamConfig] = {
-    # The demo's. It has minutes where the paper has days, so it departs from `xl` where a plateau cost time. Each of
-    # these was tried alone on speech (EXPERIMENTS.md, "The contrastive plateau"):
-    #   target_lr_scale  targets that change every few steps cannot be learned; the other losses drag them along
-    #   codebook_init    U(0, 1) rows point into one octant: their cosines begin at 0.75, a quarter of the range is left
-    #   conv_kernel      3 layers of kernel 5 reach 6 frames, less than a masked run; 8 layers of the paper reach 16
-    #   dropout          nothing is seen often enough to be learned by heart, and random bits cost 18% of a CPU step
+    # The demo's. It has minutes where the paper has days, so it departs from `xl` where a plateau
+    # cost time. Each of these was tried alone on speech (EXPERIMENTS.md, "The contrastive
+    # plateau"):
+    #   target_lr_scale  targets that change every few steps cannot be learned; the other losses
+    #                    drag them along
+    #   codebook_init    U(0, 1) rows point into one octant: their cosines begin at 0.75, a quarter
+    #                    of the range is left
+    #   conv_kernel      3 layers of kernel 5 reach 6 frames, less than a masked run; 8 layers of
+    #                    the paper reach 16
+    #   dropout          nothing is seen often enough to be learned by heart, and random bits cost
+    #                    18% of a CPU step
     "tiny": SlamConfig(
-        vocab_size=512, speech_layers=3, mm_layers=3, d_model=128, d_ff=512, n_heads=4, conv_kernel=15, dropout=0.0,
-        n_codes=256, code_dim=128, gumbel_decay=0.995, gumbel_end=0.5, codebook_init="normal", target_lr_scale=0.01,
+        vocab_size=512, speech_layers=3, mm_layers=3, d_model=128, d_ff=512, n_heads=4,
+        conv_kernel=15, dropout=0.0, n_codes=256, code_dim=128, gumbel_decay=0.995, gumbel_end=0.5,
+        codebook_init="normal", target_lr_scale=0.01,
         lr=2e-3, warmup_steps=100, grad_clip=5.0, max_steps=400,
         batch_s=32.0, batch_paired_s=24.0, batch_tokens=1024, row_tokens=128,
     ),
@@ -135,7 +140,7 @@ SIZES: dict[str, SlamConfig] = {
     "xl": SlamConfig(),
 }  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------- log-mel
+# ------------------------------------------------------------------------------------------ log-mel
 
 
 def n_frames(n_samples: int) -> int:
@@ -144,13 +149,19 @@ def n_frames(n_samples: int) -> int:
 
 
 def subsampled_lens(frames: int | Tensor) -> int | Tensor:
-    """Encoder frames T of `frames` log-mel frames: two 3x3 convolutions, stride 2, padding 1, each ceil(x/2)."""
+    """Encoder frames T of `frames` log-mel frames.
+
+    Two 3x3 convolutions, stride 2, padding 1, each ceil(x/2).
+    """
     return (frames + SUBSAMPLING - 1) // SUBSAMPLING
 
 
 @functools.lru_cache(maxsize=4)
 def _mel_filters(n_fft: int, low_hz: float = 20.0) -> Tensor:
-    """Kaldi's triangular filters, (n_fft/2 + 1, 80) float32: triangles on the mel axis, 20 Hz to Nyquist."""
+    """Kaldi's triangular filters, (n_fft/2 + 1, 80) float32.
+
+    Triangles on the mel axis, 20 Hz to Nyquist.
+    """
 
     def mel(hz: Tensor) -> Tensor:
         return 1127.0 * torch.log1p(hz / 700.0)
@@ -170,29 +181,27 @@ def _povey_window() -> Tensor:
 
 
 def log_mel(waveform: Tensor) -> Tensor:
-    """80-dim log-mel filterbank energies, equal to Kaldi's fbank with dither 0 (METHOD d).
+    """80-dim log-mel filterbank energies, equal to Kaldi's fbank with dither 0.
 
     Args:    waveform (..., N) float32 in [-1, 1] at 16 kHz, N >= 400.
     Returns: (..., F, 80) float32, natural log of the energy at 16-bit scale, F = n_frames(N).
     Raises:  ValueError when the waveform is shorter than one window.
     """
     if waveform.shape[-1] < WINDOW_SAMPLES:
-        raise ValueError(
-            f"audio of {waveform.shape[-1]} samples is shorter than one 25 ms window ({WINDOW_SAMPLES})"
-        )
+        n, window = waveform.shape[-1], f"one 25 ms window ({WINDOW_SAMPLES})"
+        raise ValueError(f"audio of {n} samples is shorter than {window}")
     n_fft = 512
     frames = (waveform.float() * 32768.0).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)  # (..., F, 400)
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-    frames = (frames - 0.97 * previous) * _povey_window().to(
-        frames.device
-    )  # pre-emphasis within the frame
+    frames = frames - 0.97 * previous  # pre-emphasis within the frame
+    frames = frames * _povey_window().to(frames.device)
     power = torch.fft.rfft(frames, n_fft).abs().square()  # (..., F, 257)
     energy = power @ _mel_filters(n_fft).to(frames.device)  # (..., F, 80)
     return energy.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
-# ---------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 def valid_mask(lens: Tensor, length: int) -> Tensor:
@@ -201,7 +210,7 @@ def valid_mask(lens: Tensor, length: int) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, Linear to d_ff, Swish, Linear back (METHOD 6)."""
+    """LayerNorm, Linear to d_ff, Swish, Linear back (Conformer, figure 4)."""
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
@@ -216,9 +225,11 @@ class FeedForward(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention without positions: order comes from the convolutions (METHOD 1, w2v-BERT XL).
+    """Multi-head self-attention without positions: order comes from the convolutions.
 
-    The key projection has no bias: one constant added to every key changes no softmax, so it has no gradient.
+    w2v-BERT XL (table 1) has no relative attention either.
+    The key projection has no bias: one constant added to every key changes no softmax, so it has no
+    gradient.
     """
 
     def __init__(self, config: SlamConfig) -> None:
@@ -226,37 +237,35 @@ class SelfAttention(nn.Module):
         D = config.d_model
         self.n_heads = config.n_heads
         self.norm = nn.LayerNorm(D)
-        self.query, self.key, self.value = (
-            nn.Linear(D, D),
-            nn.Linear(D, D, bias=False),
-            nn.Linear(D, D),
-        )
+        self.query = nn.Linear(D, D)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D)
         self.out = nn.Linear(D, D)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """(B, L, D) and (B, L) bool -> (B, L, D). A row with no valid position attends everywhere, never NaN."""
+        """(B, L, D) and (B, L) bool -> (B, L, D).
+
+        A row with no valid position attends everywhere, never NaN.
+        """
         B, L, D = x.shape
         x = self.norm(x)
-        q, k, v = (
-            p(x).view(B, L, self.n_heads, -1).transpose(1, 2)
-            for p in (self.query, self.key, self.value)
-        )
-        keys = (valid | ~valid.any(1, keepdim=True))[
-            :, None, None, :
-        ]  # (B, 1, 1, L), broadcast over heads, queries
+        projections = (self.query, self.key, self.value)
+        q, k, v = (p(x).view(B, L, self.n_heads, -1).transpose(1, 2) for p in projections)
+        # (B, 1, 1, L), broadcast over heads and queries
+        keys = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]
         p_drop = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=keys, dropout_p=p_drop
-        )  # (B, H, L, D/H)
-        return self.dropout(self.out(mixed.transpose(1, 2).reshape(B, L, D)))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=p_drop)
+        mixed = mixed.transpose(1, 2).reshape(B, L, D)  # from (B, H, L, D/H)
+        return self.dropout(self.out(mixed))
 
 
 class MaskedGroupNorm(nn.Module):
     """GroupNorm whose statistics are taken over the valid positions and the channels of a group.
 
-    SLAM has GroupNorm where the Conformer has BatchNorm, because batches of speech, of text and of pairs should not
-    share running statistics. Centred before squaring: E[x^2] - E[x]^2 would cancel where the mean is large.
+    SLAM has GroupNorm where the Conformer has BatchNorm, because batches of speech, of text and of
+    pairs should not share running statistics. Centred before squaring: E[x^2] - E[x]^2 would cancel
+    where the mean is large.
     """
 
     def __init__(self, n_groups: int, dim: int, eps: float = 1e-3) -> None:
@@ -265,11 +274,10 @@ class MaskedGroupNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """(B, L, D) and (B, L) bool -> (B, L, D); padding comes out as the bias and must not be read."""
+        """(B, L, D) and (B, L) bool -> (B, L, D); padding comes out as the bias, not to be read."""
         B, L, D = x.shape
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).view(
-            B, L, self.n_groups, -1
-        )  # (B, L, groups, D/groups)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide.view(B, L, self.n_groups, -1)  # (B, L, groups, D/groups)
         keep = valid[:, :, None, None].to(wide.dtype)
         count = (keep.sum(1, keepdim=True) * wide.shape[-1]).clamp(min=1)  # (B, 1, 1, 1)
         mean = (wide * keep).sum((1, 3), keepdim=True) / count
@@ -280,14 +288,15 @@ class MaskedGroupNorm(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """LayerNorm, pointwise, GLU, depthwise, GroupNorm, Swish, pointwise (METHOD 6)."""
+    """LayerNorm, pointwise, GLU, depthwise, GroupNorm, Swish, pointwise (Conformer, figure 2)."""
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
         D, K = config.d_model, config.conv_kernel
         self.norm = nn.LayerNorm(D)
         self.pointwise_in = nn.Linear(D, 2 * D)
-        # A (K, 1) Conv2d over (B, D, L, 1) in channels-last layout: the depthwise kernel that is fastest on CPU.
+        # A (K, 1) Conv2d over (B, D, L, 1) in channels-last layout: the depthwise kernel that is
+        # fastest on CPU.
         self.depthwise = nn.Conv2d(D, D, (K, 1), padding=(K // 2, 0), groups=D, bias=False)
         self.group_norm = MaskedGroupNorm(config.norm_groups, D)
         self.pointwise_out = nn.Linear(D, D)
@@ -296,15 +305,17 @@ class ConvModule(nn.Module):
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """(B, L, D) and (B, L) bool -> (B, L, D)."""
         x = F.glu(self.pointwise_in(self.norm(x)), dim=-1)
-        x = x * valid[..., None].to(
-            x.dtype
-        )  # what the depthwise kernel sees beyond the end is zero, as alone
+        # What the depthwise kernel sees beyond the end is zero, as alone.
+        x = x * valid[..., None].to(x.dtype)
         x = self.depthwise(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)  # (B, L, D)
         return self.dropout(self.pointwise_out(F.silu(self.group_norm(x, valid))))
 
 
 class ConformerBlock(nn.Module):
-    """Half feed-forward, attention, convolution, half feed-forward, LayerNorm (Gulati et al. 2020)."""
+    """Half feed-forward, attention, convolution, half feed-forward, LayerNorm.
+
+    Conformer (Gulati et al. 2020), section 2.4 and figure 1.
+    """
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
@@ -322,14 +333,17 @@ class ConformerBlock(nn.Module):
 
 
 class ConformerStack(nn.Module):
-    """A pile of Conformer blocks: the multimodal encoder as it is, and the body of the speech encoder."""
+    """A pile of Conformer blocks: the multimodal encoder, and the body of the speech encoder."""
 
     def __init__(self, config: SlamConfig, n_layers: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ConformerBlock(config) for _ in range(n_layers))
 
     def forward(self, x: Tensor, lens: Tensor, layers: list[Tensor] | None = None) -> Tensor:
-        """(B, L, D) and (B,) lengths -> (B, L, D); each block's output is also appended to `layers`, if given."""
+        """(B, L, D) and (B,) lengths -> (B, L, D).
+
+        Each block's output is also appended to `layers`, if given.
+        """
         valid = valid_mask(lens, x.shape[1])
         for block in self.blocks:
             x = block(x, valid)
@@ -338,24 +352,26 @@ class ConformerStack(nn.Module):
         return x
 
 
-# ---------------------------------------------------------------------------------------------- speech and text
+# ---------------------------------------------------------------------------------- speech and text
 
 
 class ConvSubsampling(nn.Module):
-    """Two 3x3 convolutions of stride 2x2: 10 ms frames of 80 mel bins become 40 ms frames of C features."""
+    """Two 3x3 convolutions of stride 2x2.
+
+    10 ms frames of 80 mel bins become 40 ms frames of C features.
+    """
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, config.subsample_channels, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(
-            config.subsample_channels, config.subsample_channels, 3, stride=2, padding=1
-        )
+        channels = config.subsample_channels
+        self.conv1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, F, 80) and (B,) lengths in frames -> (B, T, C) and (B,) lengths in encoder frames.
 
-        Padded frames are set to zero before the first convolution and after each one: otherwise the bias would turn
-        padding into data that the next convolution reads across the row's end.
+        Padded frames are set to zero before the first convolution and after each one: otherwise the
+        bias would turn padding into data that the next convolution reads across the row's end.
         """
         x = features * valid_mask(lens, features.shape[1])[..., None].to(features.dtype)
         x = x.unsqueeze(1)  # (B, 1, F, 80)
@@ -367,11 +383,12 @@ class ConvSubsampling(nn.Module):
 
 
 class SpeechEncoder(nn.Module):
-    """Feature normalisation, subsampling, linear to D, N Conformer blocks, closing linear (SLAM 3.1)."""
+    """Normalisation, subsampling, linear to D, N Conformer blocks, closing linear (SLAM 3.1)."""
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
-        # Estimated once on training audio, then part of the weights: never a flag at fine-tuning time (DECISIONS 7).
+        # Estimated once on training audio, then part of the weights: never a flag at fine-tuning
+        # time (DECISIONS 7).
         self.register_buffer("feature_mean", torch.zeros(N_MELS))
         self.register_buffer("feature_std", torch.ones(N_MELS))
         self.subsampling = ConvSubsampling(config)
@@ -381,26 +398,30 @@ class SpeechEncoder(nn.Module):
         self.closing = nn.Linear(config.d_model, config.d_model)
 
     def subsample(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw log-mel (B, F, 80) and lengths (B,) -> unmasked convolution features (B, T, C) and lengths (B,)."""
+        """Raw log-mel (B, F, 80), lengths (B,) -> unmasked features (B, T, C), lengths (B,)."""
         features = (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
         return self.subsampling(features, feature_lens)
 
     def encode(
         self, conv: Tensor, lens: Tensor, layers: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Convolution features (B, T, C), masked or not -> (contrastive context (B, T, D), output (B, T, D)).
+        """Convolution features (B, T, C), masked or not -> contrastive context, output (B, T, D).
 
-        The context is read before the closing linear (DECISIONS 10); the output is what the multimodal encoder reads.
+        The context is read before the closing linear (DECISIONS 10); the output is what the
+        multimodal encoder reads.
         """
         context = self.stack(self.dropout(self.project(conv)), lens, layers)
         return context, self.closing(context)
 
 
 def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """(length, dim) float32 position encodings: sines in the first half of the channels, cosines in the second."""
-    rates = torch.exp(
-        torch.arange(dim // 2, device=device) * (-math.log(10_000.0) / max(dim // 2 - 1, 1))
-    )
+    """(length, dim) float32 position encodings.
+
+    Sines in the first half of the channels, cosines in the second.
+    """
+    half = dim // 2
+    step = -math.log(10_000.0) / max(half - 1, 1)
+    rates = torch.exp(torch.arange(half, device=device) * step)
     angles = torch.arange(length, device=device)[:, None] * rates[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -425,8 +446,9 @@ def join(
 ) -> tuple[Tensor, Tensor]:
     """Concatenate a pair along time, the text right after the last *valid* speech frame.
 
-    Padding in the middle would be seen by the convolutions; so every row is gathered from [speech; text] with an index
-    that skips its speech padding. Token u of row b stands at position speech_lens[b] + u.
+    Padding in the middle would be seen by the convolutions; so every row is gathered from [speech;
+    text] with an index that skips its speech padding. Token u of row b stands at position
+    speech_lens[b] + u.
 
     Args:    speech (B, T, D), speech_lens (B,), text (B, U, D), text_lens (B,).
     Returns: (B, T+U, D), zero beyond the pair's end, and (B,) joined lengths.
@@ -434,9 +456,8 @@ def join(
     T, L = speech.shape[1], speech.shape[1] + text.shape[1]
     position = torch.arange(L, device=speech.device)[None]  # (1, L)
     starts = speech_lens[:, None]
-    source = torch.where(
-        position < starts, position, (position - starts + T).clamp(max=L - 1)
-    )  # (B, L)
+    in_text = (position - starts + T).clamp(max=L - 1)
+    source = torch.where(position < starts, position, in_text)  # (B, L)
     both = torch.cat([speech, text.to(speech.dtype)], dim=1)
     joined = both.gather(1, source[..., None].expand(-1, -1, both.shape[2]))
     lens = speech_lens + text_lens
@@ -444,7 +465,10 @@ def join(
 
 
 class SlamEncoder(nn.Module):
-    """The one encoder: speech encoder and text embedder (whichever the run uses) under one multimodal stack."""
+    """The one encoder: speech encoder and text embedder under one multimodal stack.
+
+    Of the two, only those are built that the run uses.
+    """
 
     def __init__(
         self, config: SlamConfig, modalities: tuple[str, ...] = ("speech", "text")
@@ -464,44 +488,33 @@ class SlamEncoder(nn.Module):
         Raises: FileNotFoundError, ValueError when the file is not a checkpoint of this project.
         Example:
             encoder = SlamEncoder.from_checkpoint("runs/demo")
-            layers = encoder.extract(waveform=waveform)  # or text="a sentence", or both, joined as a pair
+            layers = encoder.extract(waveform=waveform)  # or text="a sentence", or both: a pair
         """
         path = Path(path)
         if path.is_dir():
             latest = path / "ckpt" / "latest"
             if not latest.exists():
-                raise FileNotFoundError(
-                    f"{path}: no ckpt/latest in this folder; give a run's folder or a .pt file"
-                )
+                missing = "no ckpt/latest in this folder; give a run's folder or a .pt file"
+                raise FileNotFoundError(f"{path}: {missing}")
             path = latest.parent / latest.read_text().strip()
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such checkpoint") from None
-        except (
-            Exception
-        ) as error:  # torch raises many kinds; each means that this is no checkpoint of ours
+        except Exception as error:  # of many kinds; each means that this is no checkpoint of ours
+            kind = type(error).__name__
             raise ValueError(
-                f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
+                f"{path}: cannot be read as a checkpoint ({kind}); is the file whole?"
             ) from error
-        if (
-            not isinstance(checkpoint, dict)
-            or not {"model", "config", "modalities"} <= checkpoint.keys()
-        ):
-            has = (
-                sorted(map(str, checkpoint))
-                if isinstance(checkpoint, dict)
-                else type(checkpoint).__name__
-            )
-            raise ValueError(
-                f"{path}: has {has}, not the model, config and modalities of a checkpoint"
-            )
+        is_dict = isinstance(checkpoint, dict)
+        if not is_dict or not {"model", "config", "modalities"} <= checkpoint.keys():
+            has = sorted(map(str, checkpoint)) if is_dict else type(checkpoint).__name__
+            parts = "the model, config and modalities of a checkpoint"
+            raise ValueError(f"{path}: has {has}, not {parts}")
         encoder = cls(SlamConfig(**checkpoint["config"]), checkpoint["modalities"])
         prefix = "encoder."
-        weights = {
-            k[len(prefix) :]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)
-        }
-        encoder.load_state_dict(weights)
+        own = (name for name in checkpoint["model"] if name.startswith(prefix))
+        encoder.load_state_dict({name[len(prefix) :]: checkpoint["model"][name] for name in own})
         if checkpoint.get("tokenizer") is not None:
             encoder.tokenizer_model = bytes(checkpoint["tokenizer"].tolist())
         return encoder.to(device).eval()
@@ -510,32 +523,30 @@ class SlamEncoder(nn.Module):
     def extract(self, waveform: Tensor | None = None, text: str | None = None) -> list[Tensor]:
         """Features of one utterance, one sentence, or a pair of both.
 
-        Args:    waveform (N,) float32 in [-1, 1] at 16 kHz; text a sentence. At least one of the two.
-        Returns: one (length, D) tensor for each block. Speech encoder blocks first (T frames of 40 ms), then multimodal
-                 blocks (T frames, or 1 + U tokens beginning with [CLS], or the frames and then the tokens).
+        Args:    waveform (N,) float32 in [-1, 1] at 16 kHz; text a sentence. At least one of the
+                 two.
+        Returns: one (length, D) tensor for each block. Speech encoder blocks first (T frames of 40
+                 ms), then multimodal blocks (T frames, or 1 + U tokens beginning with [CLS], or the
+                 frames and then the tokens).
         Raises:  ValueError when the encoder was built without that modality.
         """
         for name, given in (("speech", waveform), ("text", text)):
             if given is not None and name not in self.modalities:
-                raise ValueError(
-                    f"this encoder was trained with --modalities {','.join(self.modalities)}: no {name}"
-                )
+                trained = f"--modalities {','.join(self.modalities)}"
+                raise ValueError(f"this encoder was trained with {trained}: no {name}")
         if waveform is None and text is None:
             raise ValueError("nothing to encode: give waveform=, text= or both")
         device = next(self.parameters()).device
         layers: list[Tensor] = []
         if waveform is not None:
             features = log_mel(waveform.to(device))[None]  # (1, F, 80)
-            conv, lens = self.speech.subsample(
-                features, torch.tensor([features.shape[1]], device=device)
-            )
+            feature_lens = torch.tensor([features.shape[1]], device=device)
+            conv, lens = self.speech.subsample(features, feature_lens)
             _, x = self.speech.encode(conv, lens, layers)
         if text is not None:
             tokens = torch.tensor([[CLS_ID, *self._pieces(text)]], device=device)
-            embedded, token_lens = self.text(tokens), torch.tensor([tokens.shape[1]], device=device)
-            x, lens = (
-                (embedded, token_lens) if waveform is None else join(x, lens, embedded, token_lens)
-            )
+            pair = self.text(tokens), torch.tensor([tokens.shape[1]], device=device)
+            x, lens = pair if waveform is None else join(x, lens, *pair)
         self.multimodal(x, lens, layers)
         return [layer[0] for layer in layers]
 
@@ -543,14 +554,13 @@ class SlamEncoder(nn.Module):
         import sentencepiece  # here, so that reading or training the encoder needs torch alone
 
         if self.tokenizer_model is None:
-            raise ValueError(
-                "this encoder has no tokenizer: load it with SlamEncoder.from_checkpoint"
-            )
+            advice = "load it with SlamEncoder.from_checkpoint"
+            raise ValueError(f"this encoder has no tokenizer: {advice}")
         return sentencepiece.SentencePieceProcessor(model_proto=self.tokenizer_model).encode(text)
 
 
 def sized(size: str, **changes: object) -> SlamConfig:
-    """The configuration of a size by name, with fields replaced. Raises ValueError for an unknown size."""
+    """The configuration of a size by name, with fields replaced. Raises ValueError for others."""
     if size not in SIZES:
         raise ValueError(f"--size {size}: unknown; choose one of {', '.join(SIZES)}")
     return dataclasses.replace(SIZES[size], **changes)

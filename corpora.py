@@ -1,10 +1,11 @@
 """Files on disk: manifests, audio, tokenizers, text, and the importers that make manifests of corpora.
 
-A manifest is JSON lines in the NeMo convention (`audio_filepath`, `offset`, `duration`, `text`, further fields kept).
-Text is plain lines, a blank one between documents, tokenised once into a memory-mapped file. What batches are made
-of all this is data.py's business.
+A manifest is JSON lines in the NeMo convention (`audio_filepath`, `offset`, `duration`, `text`,
+further fields kept). Text is plain lines, a blank one between documents, tokenised once into a
+memory-mapped file. What batches are made of all this is data.py's business.
 
-Public:  Manifest, read_audio, Tokenizer, TextCorpus, librispeech_manifest, directory_manifest, check_manifest, Report.
+Public:  Manifest, read_audio, Tokenizer, TextCorpus, librispeech_manifest, directory_manifest,
+         check_manifest, Report.
 Letters: N wave samples, V vocabulary, n rows.
 """
 

@@ -10,9 +10,10 @@ Nothing here keeps state or touches a global random generator: what row 7 is lik
 on (seed, 3, 7) alone, never on the number of workers or ranks, nor on what was read before. So a
 run resumes with one integer, the step.
 
-Public:  mask_budget, span_mask, mask_text, row_rng, joint_bucket, BatchPlan, SpeechBatch, TextBatch,
-         PairBatch, Batch, SpeechRows, TextRows, PairRows, PretrainData, dev_batches,
-         feature_statistics. Commands: tokenizer, manifest, check (their work is done in corpora.py).
+Public:  mask_budget, span_mask, mask_text, row_rng, joint_bucket, BatchPlan, SpeechBatch,
+         TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, PretrainData, dev_batches,
+         feature_statistics. Commands: tokenizer, manifest, check (their work is done in
+         corpora.py).
 Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
          positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
 Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT

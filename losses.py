@@ -1,11 +1,14 @@
 """Every objective of pre-training, as a pure function of tensors.
 
-SLAM sections 3.2 and 3.3 (METHOD 2). Each returns sums over masked positions and their count, in fp32, and nobody divides
-here: batches, micro-batches and ranks hold different counts, so the training loop divides once, by the count of the whole
-step. Masked positions come as M rows gathered from the batch; `weight` is 0 for the filler that pads M to a static size.
+SLAM sections 3.2 and 3.3 (METHOD 2). Each returns sums over masked positions and their count, in
+fp32, and nobody divides here: batches, micro-batches and ranks hold different counts, so the
+training loop divides once, by the count of the whole step. Masked positions come as M rows gathered
+from the batch; `weight` is 0 for the filler that pads M to a static size.
 
-Public: Loss, sample_negatives, contrastive, diversity, code_prediction, token_prediction, speech_text_matching, ctc.
-Letters: M masked positions, K negatives, D width, G codebooks, V codes or vocabulary, B rows, T encoder frames, U tokens.
+Public: Loss, sample_negatives, contrastive, diversity, code_prediction, token_prediction,
+        speech_text_matching, ctc.
+Letters: M masked positions, K negatives, D width, G codebooks, V codes or vocabulary, B rows, T
+         encoder frames, U tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------------- speech
+# ------------------------------------------------------------------------------------------- speech
 
 
 def sample_negatives(
@@ -46,13 +49,14 @@ def sample_negatives(
 ) -> tuple[Tensor, Tensor]:
     """Draw distractors for the contrastive loss from the other masked frames of the same utterance.
 
-    The M masked frames stand row-major, so those of utterance b are one run: `start[b]`, `size[b]` long. A distractor is
-    a step of 1 to size-1 frames from the positive, around the run's end: uniform over the others, never the positive.
+    The M masked frames stand row-major, so those of utterance b are one run: `start[b]`, `size[b]`
+    long. A distractor is a step of 1 to size-1 frames from the positive, around the run's end:
+    uniform over the others, never the positive.
 
-    Args:    row (M,) int64, the utterance of each masked frame, ascending, filler last; weight (M,) 1 or 0 for filler;
-             n_negatives K, drawn with replacement; n_rows B.
-    Returns: (M, K) int64 indices into the M frames; (M,) bool, False where the utterance has no other masked frame (or for
-             filler), whose indices must not be read.
+    Args:    row (M,) int64, the utterance of each masked frame, ascending, filler last; weight (M,)
+             1 or 0 for filler; n_negatives K, drawn with replacement; n_rows B.
+    Returns: (M, K) int64 indices into the M frames; (M,) bool, False where the utterance has no
+             other masked frame (or for filler), whose indices must not be read.
     Source:  wav2vec 2.0 section 3.2, w2v-BERT section 3.2; METHOD (c) 3 and 4.
     """
     M = row.shape[0]
@@ -76,17 +80,19 @@ def contrastive(
 ) -> Loss:
     """Tell the true target of a masked frame from K targets of other masked frames of the same utterance.
 
-    A distractor that holds the same codes as the positive is struck out: it could not be told apart, and left in it would
-    make a collapsed codebook look like success. A frame without any distractor left counts for nothing. Ties are wrong.
+    A distractor that holds the same codes as the positive is struck out: it could not be told
+    apart, and left in it would make a collapsed codebook look like success. A frame without any
+    distractor left counts for nothing. Ties are wrong.
 
-    Args:    context, target (M, D); negatives (M, K) int64 into the M frames; usable (M,) bool; codes (M, G) int64 drawn by
-             the quantizer, or None when the targets have no codebook.
+    Args:    context, target (M, D); negatives (M, K) int64 into the M frames; usable (M,) bool;
+             codes (M, G) int64 drawn by the quantizer, or None when the targets have no codebook.
     Returns: Loss; its chance is the mean of 1 / (1 + distractors left).
     Source:  wav2vec 2.0 equation 3; DECISIONS 10.
     """
     with torch.autocast(context.device.type, enabled=False):
         context, target = F.normalize(_wide(context), dim=-1), F.normalize(_wide(target), dim=-1)
-        # All pairs once, then K of them picked: (M, M) numbers instead of the (M, K, D) of gathered vectors.
+        # All pairs once, then K of them picked: (M, M) numbers instead of the (M, K, D) of gathered
+        # vectors.
         similarity = context @ target.T / CONTRASTIVE_TEMPERATURE  # (M, M)
         positive = similarity.diagonal()[:, None]  # (M, 1)
         distractors = similarity.gather(1, negatives)  # (M, K)
@@ -110,8 +116,9 @@ def contrastive(
 def diversity(soft_perplexity: Tensor, n_entries: int, weight: Tensor) -> Loss:
     """How far the batch is from using all entries alike: (G V - perplexity) / (G V), times the M masked frames.
 
-    Times M because the contrastive sum runs over M frames too: without it the term vanishes in large batches and the
-    codebook collapses. Not additive over micro-batches: each has its own statistic (DECISIONS 3).
+    Times M because the contrastive sum runs over M frames too: without it the term vanishes in
+    large batches and the codebook collapses. Not additive over micro-batches: each has its own
+    statistic (DECISIONS 3).
 
     Args:    soft_perplexity (), summed over groups; n_entries G x V; weight (M,).
     Source:  wav2vec 2.0 equation 4; METHOD (c) 6.
@@ -123,9 +130,11 @@ def diversity(soft_perplexity: Tensor, n_entries: int, weight: Tensor) -> Loss:
 def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
     """Masked prediction of the quantizer's ids, from the top of the multimodal stack (w2v-BERT equation 2).
 
-    Chance is always naming the batch's most frequent id; the chance loss is the entropy of the batch's ids.
+    Chance is always naming the batch's most frequent id; the chance loss is the entropy of the
+    batch's ids.
 
-    Args: logits (M, G, V); ids (M, G) int64 without gradient; weight (M,). Groups are summed in the loss, averaged in accuracy.
+    Args: logits (M, G, V); ids (M, G) int64 without gradient; weight (M,). Groups are summed in the
+          loss, averaged in accuracy.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, weight = _wide(logits), _wide(weight)
@@ -147,16 +156,17 @@ def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
         )
 
 
-# ---------------------------------------------------------------------------------------------- text and pairs
+# ----------------------------------------------------------------------------------- text and pairs
 
 
 def token_prediction(logits: Tensor, targets: Tensor, weight: Tensor, unigram: Tensor) -> Loss:
     """Masked tokens: the span-masked LM on text, and TLM's text side where the same head reads a joined pair.
 
-    Chance is always answering the corpus' most frequent token; the chance loss is that of answering with the corpus'
-    frequencies.
+    Chance is always answering the corpus' most frequent token; the chance loss is that of answering
+    with the corpus' frequencies.
 
-    Args: logits (M, V); targets (M,) int64; weight (M,); unigram (V,) log-probabilities of the training text.
+    Args: logits (M, V); targets (M,) int64; weight (M,); unigram (V,) log-probabilities of the
+          training text.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, weight = _wide(logits), _wide(weight)
@@ -173,7 +183,8 @@ def token_prediction(logits: Tensor, targets: Tensor, weight: Tensor, unigram: T
 def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:
     """Does this text belong to this speech? Binary cross-entropy on the joined pair's [CLS] (SLAM 3.3.2).
 
-    Args: match_logit (B,) of joined rows; label (B,) 1 for the true transcript, 0 for another's. A logit of exactly 0 is wrong.
+    Args: match_logit (B,) of joined rows; label (B,) 1 for the true transcript, 0 for another's. A
+          logit of exactly 0 is wrong.
     """
     with torch.autocast(match_logit.device.type, enabled=False):
         match_logit = _wide(match_logit)
@@ -190,9 +201,10 @@ def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:
 def ctc(logits: Tensor, speech_lens: Tensor, targets: Tensor, target_lens: Tensor) -> Loss:
     """CTC of the transcript on the speech encoder's output: mSLAM's alignment loss, which SLAM lacks.
 
-    Args:    logits (B, T, V), blank BLANK_ID; speech_lens (B,); targets (B, U) int64 without specials; target_lens (B,).
-    Returns: Loss, summed over rows and counted in tokens. Rows that ctc_fits refuses have no alignment and are left out,
-             so the sum is never infinite.
+    Args:    logits (B, T, V), blank BLANK_ID; speech_lens (B,); targets (B, U) int64 without
+             specials; target_lens (B,).
+    Returns: Loss, summed over rows and counted in tokens. Rows that ctc_fits refuses have no
+             alignment and are left out, so the sum is never infinite.
     Source:  Graves et al. 2006; mSLAM section 3; DECISIONS 15.
     """
     with torch.autocast(logits.device.type, enabled=False):

@@ -1,14 +1,16 @@
 """Pre-train SLAM: one Conformer on unlabelled speech, unlabelled text and transcribed speech at once.
 
-SLAM (Bapna et al. 2021) section 3. `python pretrain.py` makes a small embedded corpus and pre-trains on it;
-`torchrun pretrain.py --modalities speech,text --align tlm,stm --speech ... --text ... --paired ...` is a real run.
+SLAM (Bapna et al. 2021) section 3. `python pretrain.py` makes a small embedded corpus and
+pre-trains on it; `torchrun pretrain.py --modalities speech,text --align tlm,stm --speech ... --text
+... --paired ...` is a real run.
 
-Each optimiser step reads three streams and sums the gradients of all their objectives:
-    speech   contrastive + 0.1 diversity on the speech encoder, masked code prediction on top (w2v-BERT)
-    text     span-masked LM on top
-    pairs    TLM (masked tokens and masked codes of the joined pair), STM (do they match?), CTC as an extension
+Each optimiser step reads three streams and sums the gradients of all their objectives: speech
+contrastive + 0.1 diversity on the speech encoder, masked code prediction on top (w2v-BERT) text
+span-masked LM on top pairs    TLM (masked tokens and masked codes of the joined pair), STM (do they
+match?), CTC as an extension
 
-Stages are runs: stage 1 `--align none`, stage 2 `--align tlm,stm --init STAGE1`, stage 3 `--modalities speech --init STAGE2`.
+Stages are runs: stage 1 `--align none`, stage 2 `--align tlm,stm --init STAGE1`, stage 3
+`--modalities speech --init STAGE2`.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ RETRIEVAL_TEXTS, RETRIEVAL_QUERIES = (
     50,
 )  # held-out probe: find the transcript among so many texts
 
-# ---------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +182,9 @@ class SlamPretraining(nn.Module):
     def mask_fill(self, conv: Tensor, masked: Tensor, lens: Tensor) -> Tensor:
         """Replace masked frames by noise: (B, T, C), (B, T) bool, (B,) -> (B, T, C).
 
-        w2v-BERT fills with random vectors, not with one learned vector. Their deviation is relative to that of the row's
-        features, so that the fill is faint whatever the convolutions' scale has become.
+        w2v-BERT fills with random vectors, not with one learned vector. Their deviation is relative
+        to that of the row's features, so that the fill is faint whatever the convolutions' scale
+        has become.
         """
         valid = valid_mask(lens, conv.shape[1])[..., None].to(conv.dtype)
         count = (valid.sum((1, 2), keepdim=True) * conv.shape[2]).clamp(min=1)
@@ -245,8 +248,9 @@ class SlamPretraining(nn.Module):
     def pair_losses(self, pairs: data.PairBatch) -> dict[str, L.Loss]:
         """TLM on the joined pair, STM on its [CLS] against another utterance's text, CTC before the text is joined.
 
-        STM's negatives are extra rows: the same masked speech with masked foreign text, read for [CLS] alone. CTC, and STM
-        with --stm-unmasked, read clean speech, at the price of a second pass through the speech encoder.
+        STM's negatives are extra rows: the same masked speech with masked foreign text, read for
+        [CLS] alone. CTC, and STM with --stm-unmasked, read clean speech, at the price of a second
+        pass through the speech encoder.
         """
         speech, text = pairs.speech, pairs.text
         with_stm, clean_stm = hasattr(self, "match_head"), self.objectives_of_run.stm_unmasked
@@ -269,7 +273,8 @@ class SlamPretraining(nn.Module):
             label = torch.cat([torch.ones_like(lens), torch.zeros_like(lens)])  # (2B,)
             out["stm"] = L.speech_text_matching(self.match_logit(top, text_start), label)
         if hasattr(self, "ctc_head"):
-            # UNSPECIFIED IN PAPER (mSLAM): whether CTC sees masked speech. Here it hears all that its transcript says.
+            # UNSPECIFIED IN PAPER (mSLAM): whether CTC sees masked speech. Here it hears all that
+            # its transcript says.
             out["ctc"] = L.ctc(
                 self.ctc_head(states), lens, pairs.clean_tokens[:, 1:], text.lens - 1
             )  # without [CLS]
@@ -312,7 +317,7 @@ class SlamPretraining(nn.Module):
         return self.match_head(cls)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------- held-out probes
+# ---------------------------------------------------------------------------------- held-out probes
 
 
 def evaluate(
@@ -320,8 +325,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Held-out losses and accuracies of every objective, and two probes of alignment.
 
-    `acc/tlm_text_wrong_speech` is TLM's text accuracy when each transcript is joined with another row's speech: what it
-    lacks against `acc/tlm_text` is what the model hears. `acc/retrieval` finds the transcript among RETRIEVAL_TEXTS.
+    `acc/tlm_text_wrong_speech` is TLM's text accuracy when each transcript is joined with another
+    row's speech: what it lacks against `acc/tlm_text` is what the model hears. `acc/retrieval`
+    finds the transcript among RETRIEVAL_TEXTS.
     """
     of_micro_batch = {
         name: units // args.micro_batches for name, units in stream_units(args).items()
@@ -372,7 +378,8 @@ def retrieval(
 ) -> dict[str, float]:
     """Share of held-out utterances whose own transcript has the highest match among RETRIEVAL_TEXTS different ones.
 
-    Speech and text are whole (unmasked). Every candidate list is the same: the first different transcripts of the set.
+    Speech and text are whole (unmasked). Every candidate list is the same: the first different
+    transcripts of the set.
     """
     texts: dict[str, int] = {}
     for i in range(len(rows.manifest)):
@@ -401,7 +408,7 @@ def retrieval(
     }
 
 
-# ---------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -445,7 +452,8 @@ def load_rows(
 ) -> dict[str, Any]:
     """The rows of the streams that the objectives read: {"speech": SpeechRows, "text": TextRows, "pairs": PairRows}.
 
-    Raises ValueError naming the flag when a stream of a training run has no data; held-out streams may be missing.
+    Raises ValueError naming the flag when a stream of a training run has no data; held-out streams
+    may be missing.
     """
     prefix, rows = ("dev_" if dev else ""), {}
     wanted = [(m, m) for m in objectives.modalities] + (
@@ -505,7 +513,7 @@ def unigram_of(rows: dict[str, Any], vocab_size: int) -> Tensor:
     return (counts / counts.sum()).log().float()
 
 
-# ---------------------------------------------------------------------------------------------- starting and going on
+# ---------------------------------------------------------------------------- starting and going on
 
 
 def initialise(
@@ -513,8 +521,8 @@ def initialise(
 ) -> dict[str, Tensor]:
     """Start a stage from another stage's weights; new heads stay as they were made.
 
-    Returns: the weights that this stage does not build (text, when going on with speech alone). They are carried in its
-             checkpoints unread, so that a later stage finds them.
+    Returns: the weights that this stage does not build (text, when going on with speech alone).
+             They are carried in its checkpoints unread, so that a later stage finds them.
     Raises:  ValueError naming a weight whose shape does not fit.
     """
     weights, own = checkpoint.get("carried", {}) | checkpoint["model"], model.state_dict()
@@ -571,7 +579,7 @@ def check_same_run(stored: dict[str, Any], now: dict[str, Any], path: Path) -> N
             )
 
 
-# ---------------------------------------------------------------------------------------------- what the user sees
+# ------------------------------------------------------------------------------- what the user sees
 
 
 def parameter_table(model: SlamPretraining) -> str:
@@ -707,7 +715,7 @@ def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
     return out_dir / "curves.png"
 
 
-# ---------------------------------------------------------------------------------------------- the entry point
+# ---------------------------------------------------------------------------------- the entry point
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -786,6 +794,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="matching on clean speech and text (default: masked as for TLM)",
     )
+    for part, share in (("speech", data.TLM_SPEECH_MASK), ("text", data.TLM_TEXT_MASK)):
+        about = f"share of {part} that TLM masks (default: %(default)s)"
+        g.add_argument(f"--tlm-{part}-mask", type=float, default=share, help=about)
     g.add_argument(
         "--out-dir",
         type=Path,

@@ -1,8 +1,8 @@
 """Targets for the speech objectives: a Gumbel-softmax codebook, and the codebook-free linear of w2v-conformer.
 
-wav2vec 2.0 section 2 and w2v-BERT section 3.1.2 (METHOD 2.2). The quantizer reads *unmasked* convolution features at the
-masked frames and answers twice: with a code vector that the contrastive loss compares contexts with, and with an id that
-masked code prediction has to name.
+wav2vec 2.0 section 2 and w2v-BERT section 3.1.2 (METHOD 2.2). The quantizer reads *unmasked*
+convolution features at the masked frames and answers twice: with a code vector that the contrastive
+loss compares contexts with, and with an id that masked code prediction has to name.
 
 Public: GumbelQuantizer, Quantized, LinearTarget.
 Letters: M masked frames, C features, G codebooks, V entries in each.
@@ -32,9 +32,10 @@ class Quantized(NamedTuple):
 class GumbelQuantizer(nn.Module):
     """Straight-through Gumbel-softmax over G codebooks of V entries.
 
-    Forward takes exactly one entry a group (one-hot times codebook, never a mixture); backward pretends that the one-hot
-    was the softmax. The temperature falls by a factor at each *optimiser step*: the training loop adds 1 to `step` after each,
-    so accumulation, evaluation and recomputation never count, and the step is a buffer that checkpoints carry.
+    Forward takes exactly one entry a group (one-hot times codebook, never a mixture); backward
+    pretends that the one-hot was the softmax. The temperature falls by a factor at each *optimiser
+    step*: the training loop adds 1 to `step` after each, so accumulation, evaluation and
+    recomputation never count, and the step is a buffer that checkpoints carry.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class GumbelQuantizer(nn.Module):
     def forward(self, features: Tensor, weight: Tensor) -> Quantized:
         """Quantize M frames.
 
-        Args: features (M, C) unmasked convolution features at the masked frames; weight (M,) 1 for a frame, 0 for filler.
+        Args: features (M, C) unmasked convolution features at the masked frames; weight (M,) 1 for
+              a frame, 0 for filler.
         """
         M, G, V = features.shape[0], self.n_codebooks, self.n_codes
         with torch.autocast(features.device.type, enabled=False):
@@ -105,7 +107,8 @@ class GumbelQuantizer(nn.Module):
             vectors = torch.einsum("mgv,gvd->mgd", one_hot, self.codebook).flatten(
                 1
             )  # (M, code_dim)
-            # Diversity counts every masked frame once, by the plain softmax, without noise or temperature.
+            # Diversity counts every masked frame once, by the plain softmax, without noise or
+            # temperature.
             mean = (logits.softmax(-1) * weight[:, None, None]).sum(0) / weight.sum().clamp(
                 min=1
             )  # (G, V)

@@ -1,13 +1,16 @@
 """Plumbing that every entry point shares: ranks, randomness, schedule, optimiser, the step loop, checkpoints, logs.
 
-No objective and no data format lives here. A model is anything whose `forward(batch)` returns {name: Loss} and statistics,
-and whose `counts(batch)` says beforehand what each loss is divided by; DECISIONS 1 to 6 rule the arithmetic.
+No objective and no data format lives here. A model is anything whose `forward(batch)` returns
+{name: Loss} and statistics, and whose `counts(batch)` says beforehand what each loss is divided by;
+DECISIONS 1 to 6 rule the arithmetic.
 
-One optimiser step is A micro-batches (`--micro-batches`), numbered k = 0..A-1 over all ranks. Rank r of W runs k = r, r+W,
-...; a single process runs them all. So W ranks and one process with the same A do the same step.
+One optimiser step is A micro-batches (`--micro-batches`), numbered k = 0..A-1 over all ranks. Rank
+r of W runs k = r, r+W, ...; a single process runs them all. So W ranks and one process with the
+same A do the same step.
 
-Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, make_optimizer, loss_scales, train, evaluate_sums, means,
-        save_checkpoint, load_checkpoint, find_checkpoint, MetricsLog, check_alarms, make_fast, StopSignal, add_arguments.
+Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, make_optimizer, loss_scales, train,
+        evaluate_sums, means, save_checkpoint, load_checkpoint, find_checkpoint, MetricsLog,
+        check_alarms, make_fast, StopSignal, add_arguments.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ CODEBOOK_ALARM = 0.05  # of V: a hard perplexity below this share is called a co
 DATA_WAIT_ALARM = 0.2  # of the step's time
 CHANCE_ALARM = 0.01  # a loss within this share of its chance level has learned nothing
 
-# ---------------------------------------------------------------------------------------------- ranks and randomness
+# ----------------------------------------------------------------------------- ranks and randomness
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,15 @@ def leave_ranks(ranks: Ranks) -> None:
 def seed_micro_batch(seed: int, step: int, k: int) -> None:
     """Set torch's global seed from (seed, step, k): dropout, Gumbel noise, mask fill and negatives follow from it.
 
-    So no generator state is ever saved, and a micro-batch draws the same numbers on whichever rank it runs.
+    So no generator state is ever saved, and a micro-batch draws the same numbers on whichever rank
+    it runs.
     """
     torch.manual_seed(
         int(np.random.SeedSequence([seed, step, k]).generate_state(1, np.uint64)[0] >> 1)
     )
 
 
-# ---------------------------------------------------------------------------------------------- optimiser
+# ---------------------------------------------------------------------------------------- optimiser
 
 
 def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
@@ -118,8 +122,9 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS 6).
 
-    Args: lr_scales {prefix of parameter names: learning rate relative to --lr}; other parameters have 1. With Adam this is
-          what scaling a gradient would be with SGD: Adam divides a constant factor out again.
+    Args: lr_scales {prefix of parameter names: learning rate relative to --lr}; other parameters
+          have 1. With Adam this is what scaling a gradient would be with SGD: Adam divides a
+          constant factor out again.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -138,8 +143,9 @@ def optimizer_step(
 ) -> tuple[Tensor, Tensor]:
     """Clip to `max_norm` and step, unless a gradient is not finite.
 
-    The decision is made on the device by the fused optimiser (`found_inf`, as torch.amp.GradScaler uses it): moments and
-    weights stay as they were, and the host never waits. Gradients are already summed over ranks, so all ranks decide alike.
+    The decision is made on the device by the fused optimiser (`found_inf`, as torch.amp.GradScaler
+    uses it): moments and weights stay as they were, and the host never waits. Gradients are already
+    summed over ranks, so all ranks decide alike.
 
     Returns: (gradient norm before clipping (), 1.0 if the step was skipped else 0.0 ()).
     """
@@ -157,8 +163,9 @@ def loss_scales(
 ) -> dict[str, Tensor]:
     """What each loss *sum* is multiplied by before backward.
 
-    scale = weight x W / (count over all ranks and micro-batches). Gradients of micro-batches add up and DDP averages over
-    the W ranks, so this is the gradient of the mean over the whole step's positions, however unevenly they fell.
+    scale = weight x W / (count over all ranks and micro-batches). Gradients of micro-batches add up
+    and DDP averages over the W ranks, so this is the gradient of the mean over the whole step's
+    positions, however unevenly they fell.
     """
     return {
         name: weights.get(name, 1.0) * world_size / count.clamp(min=1)
@@ -166,7 +173,7 @@ def loss_scales(
     }
 
 
-# ---------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 class StopSignal:
@@ -264,12 +271,13 @@ def train(
 ) -> bool:  # fmt: skip
     """The loop: from `start_step` to args.max_steps, one optimiser step at a time.
 
-    Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `counts(batch)` -> {name:
-                            number} in the order of `objectives`; `step_done()`, called after each step.
-             micro_batches  this rank's batches in plan order: A/W of them a step.
-             on_log(step, metrics), on_save(step), on_eval(step): called on every rank, after the step.
+    Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `counts(batch)` ->
+             {name: number} in the order of `objectives`; `step_done()`, called after each step.
+             micro_batches  this rank's batches in plan order: A/W of them a step. on_log(step,
+             metrics), on_save(step), on_eval(step): called on every rank, after the step.
     Returns: True at args.max_steps, False when a signal stopped it (on_save has been called).
-    Raises:  FloatingPointError after args.max_bad_steps steps in a row with non-finite gradients, on all ranks alike.
+    Raises:  FloatingPointError after args.max_bad_steps steps in a row with non-finite gradients,
+             on all ranks alike.
     """
     stop, parameters = StopSignal(), [p for p in model.parameters() if p.requires_grad]
     replicas = (
@@ -371,7 +379,7 @@ def evaluate_sums(
     return sums.reduced(ranks)
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -404,7 +412,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
     """Write a binary file so that its name holds the whole of it or what it held before, never half.
 
-    A temporary sibling is written, flushed to the disk and renamed; a failed write leaves nothing behind.
+    A temporary sibling is written, flushed to the disk and renamed; a failed write leaves nothing
+    behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
@@ -449,7 +458,7 @@ def versions() -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- logs and alarms
+# ---------------------------------------------------------------------------------- logs and alarms
 
 
 class MetricsLog:
@@ -530,13 +539,14 @@ def check_alarms(
     return alarms
 
 
-# ---------------------------------------------------------------------------------------------- fast path and arguments
+# -------------------------------------------------------------------------- fast path and arguments
 
 
 def make_fast(model: nn.Module, mode: str, device: torch.device) -> None:
     """The one switch for speed: none, torch.compile, or torch.compile with CUDA graphs. Eager stays the truth.
 
-    Batches have at most 8 joint shapes (data.py), so static shapes are compiled. Compiled in place: parameter names stay.
+    Batches have at most 8 joint shapes (data.py), so static shapes are compiled. Compiled in place:
+    parameter names stay.
     Raises: ValueError when the machine cannot do it.
     """
     if mode == "none":
