@@ -8,10 +8,10 @@ one sequence. Nothing here masks, samples or computes a loss: those live in data
 Padding never matters. Every convolution, norm and attention leaves padding out, so a row has the
 same output alone and in any batch.
 
-Public: time constants, special ids, SlamConfig, SIZES, log_mel, subsampled_lens, SlamEncoder and
-        its parts.
-Letters: B batch, N samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, L =
-         T+U joined, C convolution features (640), D model width, H heads.
+Public:  time constants, special ids, SlamConfig, SIZES, log_mel, subsampled_lens, SlamEncoder and
+         its parts.
+Letters: B batch, N samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens,
+         L = T+U joined, C convolution features (640), D model width, H heads.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class SlamConfig:
 
 SIZES: dict[str, SlamConfig] = {
     # The demo's. It has minutes where the paper has days, so it departs from `xl` where a plateau
-    # cost time. Each of these was tried alone on speech (EXPERIMENTS.md, "The contrastive
-    # plateau"):
+    # cost time. Each of these was tried alone on speech, see EXPERIMENTS.md, "The contrastive
+    # plateau":
     #   target_lr_scale  targets that change every few steps cannot be learned; the other losses
     #                    drag them along
     #   codebook_init    U(0, 1) rows point into one octant: their cosines begin at 0.75, a quarter
@@ -210,7 +210,7 @@ def valid_mask(lens: Tensor, length: int) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, Linear to d_ff, Swish, Linear back (Conformer, figure 4)."""
+    """LayerNorm, Linear to d_ff, Swish, Linear back (Gulati et al. 2020, section 2.3)."""
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
@@ -227,8 +227,7 @@ class FeedForward(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention without positions: order comes from the convolutions.
 
-    w2v-BERT XL (table 1) has no relative attention either.
-    The key projection has no bias: one constant added to every key changes no softmax, so it has no
+    w2v-BERT XL has no relative attention either (table 1 there). The key projection has no bias: one constant added to every key changes no softmax, so it has no
     gradient.
     """
 
@@ -288,7 +287,10 @@ class MaskedGroupNorm(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """LayerNorm, pointwise, GLU, depthwise, GroupNorm, Swish, pointwise (Conformer, figure 2)."""
+    """LayerNorm, pointwise, GLU, depthwise, GroupNorm, Swish, pointwise.
+
+    Gulati et al. 2020, section 2.2, with GroupNorm for BatchNorm (SLAM 3.1).
+    """
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
@@ -314,7 +316,7 @@ class ConvModule(nn.Module):
 class ConformerBlock(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, LayerNorm.
 
-    Conformer (Gulati et al. 2020), section 2.4 and figure 1.
+    Gulati et al. 2020, section 2.4.
     """
 
     def __init__(self, config: SlamConfig) -> None:
@@ -387,8 +389,7 @@ class SpeechEncoder(nn.Module):
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()
-        # Estimated once on training audio, then part of the weights: never a flag at fine-tuning
-        # time (DECISIONS 7).
+        # Estimated once on training audio, then part of the weights: never a flag at fine-tuning.
         self.register_buffer("feature_mean", torch.zeros(N_MELS))
         self.register_buffer("feature_std", torch.ones(N_MELS))
         self.subsampling = ConvSubsampling(config)
@@ -405,10 +406,10 @@ class SpeechEncoder(nn.Module):
     def encode(
         self, conv: Tensor, lens: Tensor, layers: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Convolution features (B, T, C), masked or not -> contrastive context, output (B, T, D).
+        """Convolution features (B, T, C), masked or not -> context and output, both (B, T, D).
 
-        The context is read before the closing linear (DECISIONS 10); the output is what the
-        multimodal encoder reads.
+        The contrastive context is read before the closing linear (UNSPECIFIED IN PAPER); the output
+        is what the multimodal encoder reads.
         """
         context = self.stack(self.dropout(self.project(conv)), lens, layers)
         return context, self.closing(context)
@@ -427,7 +428,8 @@ def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tens
 
 
 class TextEmbedder(nn.Module):
-    """Token embedding plus sinusoidal positions, then LayerNorm; no layers of its own (SLAM 3.1)."""
+    """Token embedding plus sinusoidal positions, then LayerNorm; no layers of its own (SLAM 3.1).
+    """
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()

@@ -84,10 +84,8 @@ SPEECH_CROP, SPEECH_MASKING, TEXT_MASKING, PAIR_SPEECH_MASKING, PAIR_TEXT_MASKIN
 STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9, 10
 
 N_JOINT = 8  # combinations of (speech, text, pair) buckets: so many shapes to compile or capture
-MIN_CHOICES = (
-    32  # different transcripts to draw an STM negative from, if 10% of the length has them
-)
-
+# Different transcripts to draw an STM negative from, if those within 10% of its length are so many.
+MIN_CHOICES = 32
 
 # -------------------------------------------------------------------------------------------- masks
 

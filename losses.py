@@ -1,6 +1,6 @@
 """Every objective of pre-training, as a pure function of tensors.
 
-SLAM sections 3.2 and 3.3 (METHOD 2). Each returns sums over masked positions and their count, in
+SLAM sections 3.2 and 3.3. Each returns sums over masked positions and their count, in
 fp32, and nobody divides here: batches, micro-batches and ranks hold different counts, so the
 training loop divides once, by the count of the whole step. Masked positions come as M rows gathered
 from the batch; `weight` is 0 for the filler that pads M to a static size.
@@ -25,13 +25,14 @@ BLANK_ID = 0  # CTC's blank is the padding id, the one that no transcript contai
 
 
 class Loss(NamedTuple):
-    """Sums over positions, each () float32 (float64 in a float64 run). Divide by `count` to get means."""
+    """Sums over positions, each () float32 (float64 in a float64 run). Divide by `count` to get
+    means.
+    """
 
     sum: Tensor  # of the loss, with gradient
     count: Tensor  # positions that `sum` runs over
-    correct: Tensor | None = (
-        None  # how many of them the model's best answer gets right; None: no such question
-    )
+    # how many of them the model's best answer gets right; None: no such question
+    correct: Tensor | None = None
     chance: Tensor | None = None  # how many a blind guess gets right, in expectation
     chance_sum: Tensor | None = None  # the loss that a blind guess has
 
@@ -57,13 +58,12 @@ def sample_negatives(
              1 or 0 for filler; n_negatives K, drawn with replacement; n_rows B.
     Returns: (M, K) int64 indices into the M frames; (M,) bool, False where the utterance has no
              other masked frame (or for filler), whose indices must not be read.
-    Source:  wav2vec 2.0 section 3.2, w2v-BERT section 3.2; METHOD (c) 3 and 4.
+    Source:  wav2vec 2.0 section 3.2, w2v-BERT section 3.2.
     """
     M = row.shape[0]
     real = weight > 0
-    size = torch.zeros(n_rows, dtype=torch.int64, device=row.device).index_add_(
-        0, row, real.long()
-    )  # (B,)
+    size = torch.zeros(n_rows, dtype=torch.int64, device=row.device)  # (B,)
+    size.index_add_(0, row, real.long())
     start = size.cumsum(0) - size  # (B,)
     size, start = size[row], start[row]  # (M,)
     others = (size - 1).clamp(min=1)
@@ -78,7 +78,8 @@ def sample_negatives(
 def contrastive(
     context: Tensor, target: Tensor, negatives: Tensor, usable: Tensor, codes: Tensor | None
 ) -> Loss:
-    """Tell the true target of a masked frame from K targets of other masked frames of the same utterance.
+    """Tell the true target of a masked frame from K targets of other masked frames of the same
+    utterance.
 
     A distractor that holds the same codes as the positive is struck out: it could not be told
     apart, and left in it would make a collapsed codebook look like success. A frame without any
@@ -87,7 +88,7 @@ def contrastive(
     Args:    context, target (M, D); negatives (M, K) int64 into the M frames; usable (M,) bool;
              codes (M, G) int64 drawn by the quantizer, or None when the targets have no codebook.
     Returns: Loss; its chance is the mean of 1 / (1 + distractors left).
-    Source:  wav2vec 2.0 equation 3; DECISIONS 10.
+    Source:  wav2vec 2.0 equation 3. Striking out equal targets: fairseq's wav2vec 2.0 (its logit is -inf).
     """
     with torch.autocast(context.device.type, enabled=False):
         context, target = F.normalize(_wide(context), dim=-1), F.normalize(_wide(target), dim=-1)
@@ -114,21 +115,23 @@ def contrastive(
 
 
 def diversity(soft_perplexity: Tensor, n_entries: int, weight: Tensor) -> Loss:
-    """How far the batch is from using all entries alike: (G V - perplexity) / (G V), times the M masked frames.
+    """How far the batch is from using all entries alike: (G V - perplexity) / (G V), times the M
+    masked frames.
 
     Times M because the contrastive sum runs over M frames too: without it the term vanishes in
     large batches and the codebook collapses. Not additive over micro-batches: each has its own
     statistic (DECISIONS 3).
 
     Args:    soft_perplexity (), summed over groups; n_entries G x V; weight (M,).
-    Source:  wav2vec 2.0 equation 4; METHOD (c) 6.
+    Source:  wav2vec 2.0 equation 4.
     """
     count = _wide(weight).sum()
     return Loss(count * (n_entries - soft_perplexity) / n_entries, count)
 
 
 def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
-    """Masked prediction of the quantizer's ids, from the top of the multimodal stack (w2v-BERT equation 2).
+    """Masked prediction of the quantizer's ids, from the top of the multimodal stack (w2v-BERT
+    equation 2).
 
     Chance is always naming the batch's most frequent id; the chance loss is the entropy of the
     batch's ids.
@@ -139,9 +142,7 @@ def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
     with torch.autocast(logits.device.type, enabled=False):
         logits, weight = _wide(logits), _wide(weight)
         M, G, V = logits.shape
-        nll = F.cross_entropy(logits.reshape(M * G, V), ids.reshape(M * G), reduction="none").view(
-            M, G
-        )
+        nll = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(M, G)
         correct = (logits.argmax(-1) == ids).to(weight.dtype).mean(-1)
         counts = (F.one_hot(ids, V).to(weight.dtype) * weight[:, None, None]).sum(0)  # (G, V)
         share = counts / weight.sum().clamp(min=1)
@@ -160,7 +161,8 @@ def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
 
 
 def token_prediction(logits: Tensor, targets: Tensor, weight: Tensor, unigram: Tensor) -> Loss:
-    """Masked tokens: the span-masked LM on text, and TLM's text side where the same head reads a joined pair.
+    """Masked tokens: the span-masked LM on text, and TLM's text side where the same head reads a
+    joined pair.
 
     Chance is always answering the corpus' most frequent token; the chance loss is that of answering
     with the corpus' frequencies.
@@ -181,7 +183,8 @@ def token_prediction(logits: Tensor, targets: Tensor, weight: Tensor, unigram: T
 
 
 def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:
-    """Does this text belong to this speech? Binary cross-entropy on the joined pair's [CLS] (SLAM 3.3.2).
+    """Does this text belong to this speech? Binary cross-entropy on the joined pair's [CLS] (SLAM
+    3.3.2).
 
     Args: match_logit (B,) of joined rows; label (B,) 1 for the true transcript, 0 for another's. A
           logit of exactly 0 is wrong.
@@ -199,26 +202,20 @@ def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:
 
 
 def ctc(logits: Tensor, speech_lens: Tensor, targets: Tensor, target_lens: Tensor) -> Loss:
-    """CTC of the transcript on the speech encoder's output: mSLAM's alignment loss, which SLAM lacks.
+    """CTC of the transcript on the speech encoder's output: mSLAM's alignment loss, which SLAM
+    lacks.
 
     Args:    logits (B, T, V), blank BLANK_ID; speech_lens (B,); targets (B, U) int64 without
              specials; target_lens (B,).
     Returns: Loss, summed over rows and counted in tokens. Rows that ctc_fits refuses have no
              alignment and are left out, so the sum is never infinite.
-    Source:  Graves et al. 2006; mSLAM section 3; DECISIONS 15.
+    Source:  Graves et al. 2006; mSLAM section 3.
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = _wide(logits).log_softmax(-1).transpose(0, 1)  # (T, B, V)
         fits = ctc_fits(speech_lens, targets, target_lens)
-        rows = F.ctc_loss(
-            log_probs,
-            targets,
-            speech_lens,
-            target_lens,
-            BLANK_ID,
-            reduction="none",
-            zero_infinity=True,
-        )
+        lens = (speech_lens, target_lens)
+        rows = F.ctc_loss(log_probs, targets, *lens, BLANK_ID, reduction="none", zero_infinity=True)
         kept = fits.to(rows.dtype)
         return Loss((rows * kept).sum(), (target_lens * kept).sum())
 

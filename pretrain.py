@@ -1,4 +1,5 @@
-"""Pre-train SLAM: one Conformer on unlabelled speech, unlabelled text and transcribed speech at once.
+"""Pre-train SLAM: one Conformer on unlabelled speech, unlabelled text and transcribed speech at
+once.
 
 SLAM (Bapna et al. 2021) section 3. `python pretrain.py` makes a small embedded corpus and
 pre-trains on it; `torchrun pretrain.py --modalities speech,text --align tlm,stm --speech ... --text
@@ -91,7 +92,8 @@ class Objectives:
             )
         if self.align and self.align[0] != "tlm":
             raise ValueError(
-                f"--align {','.join(self.align)}: stm and ctc come on top of tlm (none | tlm | tlm,stm | tlm,stm,ctc)"
+                f"--align {','.join(self.align)}: stm and ctc come on top of tlm (none | tlm | "
+                "tlm,stm | tlm,stm,ctc)"
             )
         if self.align and self.speech_objective == "contrastive":
             raise ValueError(
@@ -117,7 +119,9 @@ class Objectives:
 
 
 class SlamPretraining(nn.Module):
-    """The encoder, the quantizer and one head an objective; nothing is built that the objectives do not use."""
+    """The encoder, the quantizer and one head an objective; nothing is built that the objectives do
+    not use.
+    """
 
     def __init__(self, config: SlamConfig, objectives: Objectives) -> None:
         super().__init__()
@@ -155,7 +159,9 @@ class SlamPretraining(nn.Module):
             self.quantizer.step += 1
 
     def forward(self, batch: data.Batch) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
-        """All objectives of one micro-batch: {name: Loss} and statistics that add up over micro-batches."""
+        """All objectives of one micro-batch: {name: Loss} and statistics that add up over micro-
+        batches.
+        """
         out: dict[str, L.Loss] = {}
         statistics: dict[str, Tensor] = {}
         if batch.speech is not None:
@@ -168,7 +174,9 @@ class SlamPretraining(nn.Module):
         return out, statistics
 
     def counts(self, batch: data.Batch) -> dict[str, float]:
-        """What each loss of the run is divided by, known before the forward pass: so it can be summed over ranks first."""
+        """What each loss of the run is divided by, known before the forward pass: so it can be
+        summed over ranks first.
+        """
         counts = batch.counts()
         if hasattr(self, "ctc_head"):
             lens, tokens = (
@@ -199,7 +207,9 @@ class SlamPretraining(nn.Module):
     def speech_losses(
         self, speech: data.SpeechBatch
     ) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
-        """w2v-BERT on unlabelled speech, or the contrastive loss alone at the top for w2v-conformer."""
+        """w2v-BERT on unlabelled speech, or the contrastive loss alone at the top for
+        w2v-conformer.
+        """
         conv, lens = self.encoder.speech.subsample(
             speech.features, speech.feature_lens
         )  # (B, T, C)
@@ -246,7 +256,8 @@ class SlamPretraining(nn.Module):
         }
 
     def pair_losses(self, pairs: data.PairBatch) -> dict[str, L.Loss]:
-        """TLM on the joined pair, STM on its [CLS] against another utterance's text, CTC before the text is joined.
+        """TLM on the joined pair, STM on its [CLS] against another utterance's text, CTC before the
+        text is joined.
 
         STM's negatives are extra rows: the same masked speech with masked foreign text, read for
         [CLS] alone. CTC, and STM with --stm-unmasked, read clean speech, at the price of a second
@@ -283,7 +294,9 @@ class SlamPretraining(nn.Module):
     def encode_pairs(
         self, states: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Join speech states (B, T, D) with B or 2B rows of text -> (rows, T+U, D) and (rows,) places of [CLS]."""
+        """Join speech states (B, T, D) with B or 2B rows of text -> (rows, T+U, D) and (rows,)
+        places of [CLS].
+        """
         copies = tokens.shape[0] // states.shape[0]
         states, lens = states.repeat(copies, 1, 1), lens.repeat(copies)
         joined, joined_lens = join(states, lens, self.encoder.text(tokens), token_lens)
@@ -292,7 +305,9 @@ class SlamPretraining(nn.Module):
     def tlm_losses(
         self, pairs: data.PairBatch, conv: Tensor, top: Tensor, text_start: Tensor
     ) -> dict[str, L.Loss]:
-        """Masked tokens and masked codes of the joined pair; only its true texts, which are the first B rows of `top`."""
+        """Masked tokens and masked codes of the joined pair; only its true texts, which are the
+        first B rows of `top`.
+        """
         speech, text = pairs.speech, pairs.text
         (T, U), length, flat = (
             (conv.shape[1], text.tokens.shape[1]),
@@ -312,7 +327,9 @@ class SlamPretraining(nn.Module):
         }
 
     def match_logit(self, top: Tensor, text_start: Tensor) -> Tensor:
-        """(rows, L, D) and the place of [CLS] (rows,) -> (rows,) logits of "this text belongs to this speech"."""
+        """(rows, L, D) and the place of [CLS] (rows,) -> (rows,) logits of "this text belongs to
+        this speech".
+        """
         cls = top[torch.arange(top.shape[0], device=top.device), text_start]  # (rows, D)
         return self.match_head(cls)[:, 0]
 
@@ -376,7 +393,8 @@ def with_wrong_speech(batch: data.Batch) -> data.Batch:
 def retrieval(
     model: SlamPretraining, rows: data.PairRows, args: argparse.Namespace, ranks: Ranks
 ) -> dict[str, float]:
-    """Share of held-out utterances whose own transcript has the highest match among RETRIEVAL_TEXTS different ones.
+    """Share of held-out utterances whose own transcript has the highest match among RETRIEVAL_TEXTS
+    different ones.
 
     Speech and text are whole (unmasked). Every candidate list is the same: the first different
     transcripts of the set.
@@ -412,7 +430,9 @@ def retrieval(
 
 
 def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
-    """No data was given: make (or reuse) the demo corpus and fill in the arguments, through the real importers."""
+    """No data was given: make (or reuse) the demo corpus and fill in the arguments, through the
+    real importers.
+    """
     root, prepared = args.demo_dir, args.demo_dir / "manifests"
     if ranks.local_rank == 0:
         demo.make_demo(root, seed=0, log=ranks.log)
@@ -450,7 +470,8 @@ def paths_of(comma_list: str | None) -> list[Path]:
 def load_rows(
     args: argparse.Namespace, objectives: Objectives, tokenizer: data.Tokenizer | None, dev: bool
 ) -> dict[str, Any]:
-    """The rows of the streams that the objectives read: {"speech": SpeechRows, "text": TextRows, "pairs": PairRows}.
+    """The rows of the streams that the objectives read: {"speech": SpeechRows, "text": TextRows,
+    "pairs": PairRows}.
 
     Raises ValueError naming the flag when a stream of a training run has no data; held-out streams
     may be missing.
@@ -466,7 +487,8 @@ def load_rows(
                 continue
             what = "--align" if stream == "pairs" else "--modalities"
             raise ValueError(
-                f"--{name} is missing: {what} asks for {stream}; give its files, or no data at all for the demo"
+                f"--{name} is missing: {what} asks for {stream}; give its files, or no data at "
+                "all for the demo"
             )
         if stream == "speech":
             rows[stream] = data.SpeechRows(data.Manifest.read(paths), args.max_audio_s, args.seed)
@@ -491,7 +513,9 @@ def stream_units(args: argparse.Namespace) -> dict[str, int]:
 
 
 def make_plans(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, data.BatchPlan]:
-    """One endless batch plan a stream. Streams have fixed numbers, so adding pairs leaves the order of speech alone."""
+    """One endless batch plan a stream. Streams have fixed numbers, so adding pairs leaves the order
+    of speech alone.
+    """
     return {
         name: data.BatchPlan(
             rows[name].lengths,
@@ -506,7 +530,9 @@ def make_plans(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, data
 
 
 def unigram_of(rows: dict[str, Any], vocab_size: int) -> Tensor:
-    """(V,) float32 log-frequencies of the training text's tokens, each counted once more than it occurs."""
+    """(V,) float32 log-frequencies of the training text's tokens, each counted once more than it
+    occurs.
+    """
     counts = torch.ones(vocab_size, dtype=torch.float64)
     counts += torch.as_tensor(rows["text"].corpus.counts.astype("float64"))
     counts[: data.N_SPECIAL] = 1
@@ -529,7 +555,8 @@ def initialise(
     for name in own.keys() & weights.keys():
         if own[name].shape != weights[name].shape:
             raise ValueError(
-                f"--init: {name} has shape {tuple(weights[name].shape)} in the checkpoint and {tuple(own[name].shape)} here; "
+                f"--init: {name} has shape {tuple(weights[name].shape)} in the checkpoint and "
+                f"{tuple(own[name].shape)} here; "
                 "give the --size and --tokenizer that it was trained with"
             )
     matched = {name: weights[name] for name in own if name in weights}
@@ -537,7 +564,8 @@ def initialise(
     carried = {name: value for name, value in weights.items() if name not in own}
     fresh = sorted({name.split(".")[0] for name in own.keys() - matched.keys()})
     ranks.log(
-        f"init: {len(matched)} of {len(own)} tensors taken, {len(carried)} carried unread, new: {', '.join(fresh) or 'none'}"
+        f"init: {len(matched)} of {len(own)} tensors taken, {len(carried)} carried unread, new: "
+        f"{', '.join(fresh) or 'none'}"
     )
     return carried
 
@@ -570,7 +598,8 @@ def fingerprint(
 
 
 def check_same_run(stored: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for the first thing that differs between a checkpoint's run and this one."""
+    """Raises ValueError for the first thing that differs between a checkpoint's run and this one.
+    """
     for name, value in now.items():
         if stored.get(name) != value:
             raise ValueError(
@@ -583,7 +612,9 @@ def check_same_run(stored: dict[str, Any], now: dict[str, Any], path: Path) -> N
 
 
 def parameter_table(model: SlamPretraining) -> str:
-    """Lines of name and millions of parameters, the 24 blocks of `xl` apart from what surrounds them."""
+    """Lines of name and millions of parameters, the 24 blocks of `xl` apart from what surrounds
+    them.
+    """
 
     def count(*modules: nn.Module | None) -> int:
         return sum(
@@ -623,7 +654,8 @@ def chance_table(model: SlamPretraining) -> str:
 
 
 def plan_table(plans: dict[str, data.BatchPlan]) -> str:
-    """Each stream's buckets: longest row, rows a micro-batch, and the padding that the plan costs."""
+    """Each stream's buckets: longest row, rows a micro-batch, and the padding that the plan costs.
+    """
     lines = []
     for name, plan in plans.items():
         unit, scale = ("tokens", 1) if name == "text" else ("s", 100)
@@ -633,7 +665,8 @@ def plan_table(plans: dict[str, data.BatchPlan]) -> str:
         for row in plan.describe():
             longest = row["longest"] / scale
             lines.append(
-                f"    up to {longest:7.2f} {unit:<6} {row['rows']:>9} rows, {row['rows_per_micro']} a micro-batch"
+                f"    up to {longest:7.2f} {unit:<6} {row['rows']:>9} rows, "
+                f"{row['rows_per_micro']} a micro-batch"
             )
     return "\n".join(lines)
 
@@ -656,7 +689,9 @@ def progress_line(
 
 
 def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
-    """Objective, loss against its chance level, accuracy against that of a blind guess, share of codes in use."""
+    """Objective, loss against its chance level, accuracy against that of a blind guess, share of
+    codes in use.
+    """
     lines = [f"  {'objective':<24}{'loss':>9}{'chance':>9}{'accuracy':>11}{'chance':>9}"]
 
     def cell(key: str, percent: bool, width: int) -> str:
@@ -671,13 +706,16 @@ def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
             lines.append(f"  {name:<24}" + "".join(cells))
     if "codes_used" in metrics:
         lines.append(
-            f"  codes in use {100 * metrics['codes_used']:.1f}%, perplexity {metrics['ppl/code']:.1f}"
+            f"  codes in use {100 * metrics['codes_used']:.1f}%, perplexity "
+            f"{metrics['ppl/code']:.1f}"
         )
     return "\n".join(lines)
 
 
 def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
-    """curves.png from metrics.jsonl: a panel an objective, training and held-out loss against the chance level."""
+    """curves.png from metrics.jsonl: a panel an objective, training and held-out loss against the
+    chance level.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -808,7 +846,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
-    """Fill in what depends on the size, on the ranks and on other flags. Raises ValueError for what cannot be."""
+    """Fill in what depends on the size, on the ranks and on other flags. Raises ValueError for what
+    cannot be.
+    """
     size = sized(args.size)
     for name in (
         "max_steps",
@@ -853,16 +893,20 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
 def resolve_micro_batches(
     args: argparse.Namespace, ranks: Ranks, checkpoint: dict[str, Any] | None
 ) -> None:
-    """A: as given, else as the resumed run had it, else one a rank. It must be a multiple of the number of ranks."""
+    """A: as given, else as the resumed run had it, else one a rank. It must be a multiple of the
+    number of ranks.
+    """
     stored = checkpoint["args"]["micro_batches"] if checkpoint else None
     args.micro_batches = args.micro_batches or stored or ranks.world_size
     if stored and stored != args.micro_batches:
         raise ValueError(
-            f"--micro-batches {args.micro_batches}: the run to resume has {stored}, which its batch plan depends on"
+            f"--micro-batches {args.micro_batches}: the run to resume has {stored}, which its "
+            "batch plan depends on"
         )
     if args.micro_batches % ranks.world_size:
         raise ValueError(
-            f"--micro-batches {args.micro_batches} must be a multiple of the {ranks.world_size} ranks"
+            f"--micro-batches {args.micro_batches} must be a multiple of the {ranks.world_size} "
+            "ranks"
         )
 
 
@@ -875,7 +919,8 @@ def describe(
     streams += [f"{args.batch_paired_s:g} s of pairs"] if model.objectives_of_run.align else []
     return "\n".join([
         f"size {args.size}: parameters", parameter_table(model), "loss at chance", chance_table(model),
-        f"a step: {', '.join(streams)}, in {args.micro_batches} micro-batches; {args.max_steps} steps, {args.dtype}",
+        f"a step: {', '.join(streams)}, in {args.micro_batches} micro-batches; {args.max_steps} "
+        f"steps, {args.dtype}",
         plan_table(plans) if plans else "  no data given and --dry-run: the demo is not made, so there is no plan to show",
     ])  # fmt: skip
 
@@ -883,7 +928,9 @@ def describe(
 def find_start(
     args: argparse.Namespace,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
-    """(checkpoint to resume, checkpoint to initialise from, its path). A run found in --out-dir wins over both flags."""
+    """(checkpoint to resume, checkpoint to initialise from, its path). A run found in --out-dir
+    wins over both flags.
+    """
     resumed = args.out_dir if (args.out_dir / "ckpt" / "latest").exists() else args.resume
     path = resumed or args.init
     if path is None:
@@ -895,7 +942,8 @@ def find_start(
         or not {"model", "config", "run", "args", "carried"} <= checkpoint.keys()
     ):
         raise ValueError(
-            f"{path}: is not a checkpoint of pretrain.py: it lacks model, config, run, args or carried"
+            f"{path}: is not a checkpoint of pretrain.py: it lacks model, config, run, args or "
+            "carried"
         )
     return (checkpoint, None, path) if resumed else (None, checkpoint, path)
 
@@ -903,17 +951,21 @@ def find_start(
 def find_tokenizer(
     args: argparse.Namespace, objectives: Objectives, checkpoint: dict[str, Any] | None
 ) -> data.Tokenizer | None:
-    """The checkpoint's tokenizer, or --tokenizer; None when neither is there. Raises ValueError when they differ."""
+    """The checkpoint's tokenizer, or --tokenizer; None when neither is there. Raises ValueError
+    when they differ.
+    """
     stored = checkpoint.get("tokenizer") if checkpoint else None
     kept = data.Tokenizer(bytes(stored.tolist())) if stored is not None else None
     given = data.Tokenizer.load(args.tokenizer) if args.tokenizer else None
     if kept and given and kept.fingerprint != given.fingerprint:
         raise ValueError(
-            f"--tokenizer {args.tokenizer}: is not the one that the checkpoint was trained with; leave the flag out"
+            f"--tokenizer {args.tokenizer}: is not the one that the checkpoint was trained with; "
+            "leave the flag out"
         )
     if "text" in objectives.modalities and not (kept or given):
         raise ValueError(
-            "--tokenizer is missing: make one with `python data.py tokenizer --text ... --out tokenizer.model`"
+            "--tokenizer is missing: make one with `python data.py tokenizer --text ... --out "
+            "tokenizer.model`"
         )
     return kept or given
 
@@ -951,7 +1003,9 @@ class Run:
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
-    """From the command line to a run that can start; None when there is nothing to run (--dry-run, or it is done)."""
+    """From the command line to a run that can start; None when there is nothing to run (--dry-run,
+    or it is done).
+    """
     objectives = resolve(args, ranks)
     resumed, initial, path = find_start(args)
     resolve_micro_batches(args, ranks, resumed)
@@ -980,7 +1034,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
             ranks.log(f"{name}: {n} rows left out: {reason}")
         if getattr(its, "widened", 0):
             ranks.log(
-                f"{name}: {its.widened} rows have no other transcript within 10% of their length; wider ones are drawn"
+                f"{name}: {its.widened} rows have no other transcript within 10% of their "
+                "length; wider ones are drawn"
             )
 
     torch.manual_seed(args.seed)
@@ -995,7 +1050,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         start_step, carried = resumed["step"], resumed["carried"]
         if start_step >= args.max_steps:
             ranks.log(
-                f"{path}: this run has made its {args.max_steps} steps; raise --max-steps, or choose another --out-dir"
+                f"{path}: this run has made its {args.max_steps} steps; raise --max-steps, or "
+                "choose another --out-dir"
             )
             return None
         model.load_state_dict(resumed["model"])

@@ -1,6 +1,7 @@
-"""Targets for the speech objectives: a Gumbel-softmax codebook, and the codebook-free linear of w2v-conformer.
+"""Targets for the speech objectives: a Gumbel-softmax codebook, and the codebook-free linear of
+w2v-conformer.
 
-wav2vec 2.0 section 2 and w2v-BERT section 3.1.2 (METHOD 2.2). The quantizer reads *unmasked*
+wav2vec 2.0 section 2 and w2v-BERT section 3.1.2. The quantizer reads *unmasked*
 convolution features at the masked frames and answers twice: with a code vector that the contrastive
 loss compares contexts with, and with an id that masked code prediction has to name.
 
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 class Quantized(NamedTuple):
     """What the quantizer says of M frames."""
 
-    vectors: Tensor  # (M, code_dim) float32: one codebook row a group, concatenated; gradient reaches the logits
+    # (M, code_dim) float32: one codebook row a group, concatenated; gradient reaches the logits
+    vectors: Tensor
     ids: (
         Tensor  # (M, G) int64: noise-free argmax, the target of masked code prediction; no gradient
     )
-    drawn: Tensor  # (M, G) int64: the entries that `vectors` holds; with noise in training, equal to ids in eval
-    soft_perplexity: Tensor  # () float32 with gradient, 1..V for each group, summed over groups: for the diversity loss
+    # (M, G) int64: the entries that `vectors` holds; with noise in training, equal to ids in eval
+    drawn: Tensor
+    # () float32 with gradient, 1..V for each group, summed over groups: for the diversity loss
+    soft_perplexity: Tensor
     hard_counts: Tensor  # (G, V) float32: how often each entry is the noise-free argmax
 
 
@@ -47,13 +51,12 @@ class GumbelQuantizer(nn.Module):
         temperature: tuple[float, float, float],
         codebook_init: str = "uniform",
     ) -> None:
-        """Args: dim C; temperature (start, factor per step, floor); codebook_init "uniform" U(0, 1) or "normal" N(0, 1)."""
+        """Args: dim C; temperature (start, factor per step, floor); codebook_init "uniform" U(0, 1)
+        or "normal" N(0, 1).
+        """
         super().__init__()
-        self.n_codebooks, self.n_codes, self.temperature_schedule = (
-            n_codebooks,
-            n_codes,
-            temperature,
-        )
+        self.n_codebooks, self.n_codes = n_codebooks, n_codes
+        self.temperature_schedule = temperature
         self.norm = nn.LayerNorm(dim)
         self.logits = nn.Linear(dim, n_codebooks * n_codes)
         draw = {"uniform": torch.rand, "normal": torch.randn}[codebook_init]
@@ -73,9 +76,8 @@ class GumbelQuantizer(nn.Module):
         """The ids of M frames and nothing else, (M, C) -> (M, G) int64: noise-free, no gradient."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.codebook.dtype)
-            return (
-                self.logits(self.norm(features)).view(-1, self.n_codebooks, self.n_codes).argmax(-1)
-            )
+            logits = self.logits(self.norm(features)).view(-1, self.n_codebooks, self.n_codes)
+            return logits.argmax(-1)
 
     def forward(self, features: Tensor, weight: Tensor) -> Quantized:
         """Quantize M frames.
@@ -85,39 +87,33 @@ class GumbelQuantizer(nn.Module):
         """
         M, G, V = features.shape[0], self.n_codebooks, self.n_codes
         with torch.autocast(features.device.type, enabled=False):
-            features = features.to(
-                self.codebook.dtype
-            )  # an fp32 island: bf16 noise would choose the codes
+            # An fp32 island: bf16 noise would choose the codes.
+            features = features.to(self.codebook.dtype)
             logits = self.logits(self.norm(features)).view(M, G, V)
             ids = logits.argmax(-1)  # (M, G)
             if self.training:
-                noise = (
-                    -torch.empty_like(logits)
-                    .exponential_()
-                    .clamp_min(torch.finfo(logits.dtype).tiny)
-                    .log()
-                )
+                tiny = torch.finfo(logits.dtype).tiny  # an exponential sample may be exactly 0
+                noise = -torch.empty_like(logits).exponential_().clamp_min(tiny).log()
                 soft = ((logits + noise) / self.temperature.to(logits.dtype)).softmax(-1)
                 drawn = soft.argmax(-1)
-                one_hot = F.one_hot(drawn, V) + (
-                    soft - soft.detach()
-                )  # straight-through: the bracket is exactly zero
+                # Straight-through: the bracket is exactly zero.
+                one_hot = F.one_hot(drawn, V) + (soft - soft.detach())
             else:
                 drawn, one_hot = ids, F.one_hot(ids, V).to(logits.dtype)
-            vectors = torch.einsum("mgv,gvd->mgd", one_hot, self.codebook).flatten(
-                1
-            )  # (M, code_dim)
+            vectors = torch.einsum("mgv,gvd->mgd", one_hot, self.codebook)
+            vectors = vectors.flatten(1)  # (M, code_dim)
             # Diversity counts every masked frame once, by the plain softmax, without noise or
             # temperature.
-            mean = (logits.softmax(-1) * weight[:, None, None]).sum(0) / weight.sum().clamp(
-                min=1
-            )  # (G, V)
-            hard = (F.one_hot(ids, V).to(logits.dtype) * weight[:, None, None]).sum(0)  # (G, V)
+            each = weight[:, None, None]
+            mean = (logits.softmax(-1) * each).sum(0) / weight.sum().clamp(min=1)  # (G, V)
+            hard = (F.one_hot(ids, V).to(logits.dtype) * each).sum(0)  # (G, V)
         return Quantized(vectors, ids, drawn, perplexity(mean).sum(), hard.detach())
 
 
 def perplexity(probabilities: Tensor) -> Tensor:
-    """exp(entropy) over the last dimension: (..., V) -> (...). 1 when one entry has it all, V when all are equal."""
+    """exp(entropy) over the last dimension: (..., V) -> (...). 1 when one entry has it all, V when
+    all are equal.
+    """
     tiny = torch.finfo(
         probabilities.dtype
     ).tiny  # a probability of exactly 0 would have an infinite gradient
@@ -125,7 +121,9 @@ def perplexity(probabilities: Tensor) -> Tensor:
 
 
 class LinearTarget(nn.Module):
-    """The contrastive target of "w2v-conformer": a linear of the unmasked features, no codebook (METHOD 4)."""
+    """The contrastive target of "w2v-conformer": a linear of the unmasked features, no codebook
+    (METHOD 4).
+    """
 
     def __init__(self, dim: int, code_dim: int) -> None:
         super().__init__()

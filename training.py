@@ -1,4 +1,5 @@
-"""Plumbing that every entry point shares: ranks, randomness, schedule, optimiser, the step loop, checkpoints, logs.
+"""Plumbing that every entry point shares: ranks, randomness, schedule, optimiser, the step loop,
+checkpoints, logs.
 
 No objective and no data format lives here. A model is anything whose `forward(batch)` returns
 {name: Loss} and statistics, and whose `counts(batch)` says beforehand what each loss is divided by;
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -46,7 +48,8 @@ CHANCE_ALARM = 0.01  # a loss within this share of its chance level has learned 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among the W that torchrun started; (0, 0, 1) when it was started alone."""
+    """Who this process is among the W that torchrun started; (0, 0, 1) when it was started alone.
+    """
 
     rank: int
     local_rank: int
@@ -79,7 +82,8 @@ class Ranks:
 
 
 def setup_ranks() -> Ranks:
-    """Join torchrun's process group (NCCL on CUDA, gloo on CPU), or run alone when RANK is not set."""
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU), or run alone when RANK is not set.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -91,13 +95,21 @@ def setup_ranks() -> Ranks:
 
 
 def leave_ranks(ranks: Ranks) -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one.
+
+    A thread of gloo's that still has to let go of a tensor when Python ends aborts the process. So
+    the model's wrapper, which holds the group, is collected first (its threads then end with the
+    group), and where a traceback holds it, the threads get a moment.
+    """
     if ranks.world_size > 1:
+        gc.collect()
         dist.destroy_process_group()
+        time.sleep(0.1)
 
 
 def seed_micro_batch(seed: int, step: int, k: int) -> None:
-    """Set torch's global seed from (seed, step, k): dropout, Gumbel noise, mask fill and negatives follow from it.
+    """Set torch's global seed from (seed, step, k): dropout, Gumbel noise, mask fill and negatives
+    follow from it.
 
     So no generator state is ever saved, and a micro-batch draws the same numbers on whichever rank
     it runs.
@@ -111,7 +123,9 @@ def seed_micro_batch(seed: int, step: int, k: int) -> None:
 
 
 def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
-    """Learning rate of a 0-based step: linear warm-up to `peak`, then peak x sqrt(warmup / step) (Transformer schedule)."""
+    """Learning rate of a 0-based step: linear warm-up to `peak`, then peak x sqrt(warmup / step)
+    (Transformer schedule).
+    """
     step += 1
     warmup_steps = max(warmup_steps, 1)
     return peak * min(step / warmup_steps, math.sqrt(warmup_steps / step))
@@ -120,7 +134,8 @@ def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
 def make_optimizer(
     model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS 6).
+    """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS
+    6).
 
     Args: lr_scales {prefix of parameter names: learning rate relative to --lr}; other parameters
           have 1. With Adam this is what scaling a gradient would be with SGD: Adam divides a
@@ -177,7 +192,9 @@ def loss_scales(
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop at the next step boundary; a second SIGINT interrupts at once."""
+    """SIGTERM and SIGINT ask for a stop at the next step boundary; a second SIGINT interrupts at
+    once.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -210,7 +227,9 @@ class Sums:
         self.values[key] = self.values[key] + value if key in self.values else value
 
     def reduced(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Summed over ranks, on the CPU, with one all-reduce. A rank that added nothing under a key counts as zero."""
+        """Summed over ranks, on the CPU, with one all-reduce. A rank that added nothing under a key
+        counts as zero.
+        """
         shapes = {key: tuple(value.shape) for key, value in self.values.items()}
         if ranks.world_size > 1:
             of_ranks: list[dict[str, tuple[int, ...]]] = [{}] * ranks.world_size
@@ -228,7 +247,8 @@ class Sums:
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Sums -> what is logged: loss/x, acc/x, chance/x (accuracy of a blind guess), chance_loss/x, count/x, ppl/code...
+    """Sums -> what is logged: loss/x, acc/x, chance/x (accuracy of a blind guess), chance_loss/x,
+    count/x, ppl/code...
 
     A loss whose count is 0 is left out: there is no number to print.
     """
@@ -349,7 +369,8 @@ def train(
             on_log(done, metrics)
             if float(bad_steps) >= args.max_bad_steps:
                 raise FloatingPointError(
-                    f"gradients were not finite for {int(bad_steps)} steps in a row up to step {done}: "
+                    f"gradients were not finite for {int(bad_steps)} steps in a row up to step "
+                    f"{done}: "
                     "lower --lr, or try --dtype fp32; the last checkpoint is from before"
                 )
             sums, window_steps, data_wait = Sums(), 0, 0.0
@@ -368,7 +389,9 @@ def train(
 def evaluate_sums(
     model: nn.Module, batches: Iterable[Any], args: argparse.Namespace, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Sums of every loss over held-out batches, in eval mode; batch i is run by rank i mod W, so nothing counts twice."""
+    """Sums of every loss over held-out batches, in eval mode; batch i is run by rank i mod W, so
+    nothing counts twice.
+    """
     model.eval()
     sums = Sums()
     for i, batch in enumerate(batches):
@@ -383,7 +406,9 @@ def evaluate_sums(
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A .pt file as it is, or a run's folder -> the file that its ckpt/latest names. Raises FileNotFoundError."""
+    """A .pt file as it is, or a run's folder -> the file that its ckpt/latest names. Raises
+    FileNotFoundError.
+    """
     if path.is_file():
         return path
     latest = path / "ckpt" / "latest"
@@ -395,7 +420,9 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain containers on the CPU; nothing in the file is ever run. Raises ValueError, FileNotFoundError."""
+    """Tensors and plain containers on the CPU; nothing in the file is ever run. Raises ValueError,
+    FileNotFoundError.
+    """
     path = find_checkpoint(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -410,7 +437,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Write a binary file so that its name holds the whole of it or what it held before, never half.
+    """Write a binary file so that its name holds the whole of it or what it held before, never
+    half.
 
     A temporary sibling is written, flushed to the disk and renamed; a failed write leaves nothing
     behind.
@@ -428,7 +456,9 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
 
 
 def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_last: int) -> Path:
-    """Write ckpt/step_0001000.pt, then point ckpt/latest at it, then delete all but the newest `keep_last`."""
+    """Write ckpt/step_0001000.pt, then point ckpt/latest at it, then delete all but the newest
+    `keep_last`.
+    """
     path = out_dir / "ckpt" / f"step_{step:07d}.pt"
     write_atomically(
         path, lambda file: torch.save(contents | {"step": step, "versions": versions()}, file)
@@ -462,7 +492,9 @@ def versions() -> dict[str, str]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a line, appended; on resume, lines after the resumed step are dropped first."""
+    """metrics.jsonl: one object a line, appended; on resume, lines after the resumed step are
+    dropped first.
+    """
 
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         self.path = out_dir / "metrics.jsonl"
@@ -512,7 +544,8 @@ def progress_bar(max_steps: int, start_step: int, ranks: Ranks) -> Callable[[int
 def check_alarms(
     metrics: dict[str, float], step: int, warmup_steps: int, n_codes: int | None
 ) -> dict[str, str]:
-    """What is going wrong with a run: {short name: sentence for the log}; empty for a healthy one."""
+    """What is going wrong with a run: {short name: sentence for the log}; empty for a healthy one.
+    """
     alarms = {}
     for name, value in metrics.items():
         if name.startswith("loss") and not math.isfinite(value):
@@ -543,7 +576,8 @@ def check_alarms(
 
 
 def make_fast(model: nn.Module, mode: str, device: torch.device) -> None:
-    """The one switch for speed: none, torch.compile, or torch.compile with CUDA graphs. Eager stays the truth.
+    """The one switch for speed: none, torch.compile, or torch.compile with CUDA graphs. Eager stays
+    the truth.
 
     Batches have at most 8 joint shapes (data.py), so static shapes are compiled. Compiled in place:
     parameter names stay.
@@ -553,11 +587,13 @@ def make_fast(model: nn.Module, mode: str, device: torch.device) -> None:
         return
     if mode == "graph" and device.type != "cuda":
         raise ValueError(
-            "--fast graph captures CUDA graphs and this machine has no CUDA device: use --fast none or compile"
+            "--fast graph captures CUDA graphs and this machine has no CUDA device: use --fast "
+            "none or compile"
         )
     if mode == "compile" and device.type == "cpu" and not _has_cpp_compiler():
         raise ValueError(
-            "--fast compile needs a C++ compiler on CPU (g++, clang++ or $CXX) and found none: use --fast none"
+            "--fast compile needs a C++ compiler on CPU (g++, clang++ or $CXX) and found none: "
+            "use --fast none"
         )
     model.compile(dynamic=False, mode="reduce-overhead" if mode == "graph" else "default")
 

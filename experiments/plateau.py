@@ -1,6 +1,6 @@
-"""Which of tiny's departures from the paper's values make masked speech learnable in minutes? Each put back alone.
+"""Which of tiny's departures from the paper's values make masked speech learnable in minutes?
 
-Speech only, so that no other loss helps. Usage, from the repository's root, with the demo made:
+Each is put back alone. Speech only, so that no other loss helps. Usage, from the repository's root, with the demo made:
 python experiments/plateau.py [--steps 200] [--only NAME,...]. Prints a table of held-out figures;
 EXPERIMENTS.md has ours.
 """
@@ -19,7 +19,7 @@ import conformer
 import pretrain
 import training
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, float | str]] = {
     "tiny as it is": {},
     "target_lr_scale 1": {"target_lr_scale": 1.0},
     "target_lr_scale 0.1": {"target_lr_scale": 0.1},
@@ -44,19 +44,21 @@ def main() -> None:
         conformer.SIZES["tiny"] = dataclasses.replace(tiny, **VARIANTS[name])
         with tempfile.TemporaryDirectory() as folder:
             pretrain.main([
-                "--modalities", "speech", "--max-steps", str(args.steps), "--out-dir", folder, "--log-every", "50",
-                "--demo-dir", args.demo_dir,
+                "--modalities", "speech", "--max-steps", str(args.steps), "--log-every", "50",
+                "--out-dir", folder, "--demo-dir", args.demo_dir,
             ])  # fmt: skip
             rows = training.read_metrics(Path(folder) / "metrics.jsonl")
         table.append((name, next(row for row in rows if "dev/loss/contrastive" in row)))
     print(
-        f"{'':<24}{'contrastive':>12}{'chance':>8}{'acc':>8}{'code MLM':>10}{'entropy':>9}{'acc':>8}{'mode':>8}{'codes':>7}"
+        f"{'':<24}{'contrastive':>12}{'chance':>8}{'acc':>8}"
+        f"{'code MLM':>10}{'entropy':>9}{'acc':>8}{'mode':>8}{'codes':>7}"
     )
     for name, row in table:
         d = {key.removeprefix("dev/"): value for key, value in row.items()}
         print(
-            f"{name:<24}{d['loss/contrastive']:>12.3f}{d['chance_loss/contrastive']:>8.3f}{100 * d['acc/contrastive']:>7.1f}%"
-            f"{d['loss/code_mlm']:>10.3f}{d['chance_loss/code_mlm']:>9.3f}{100 * d['acc/code_mlm']:>7.1f}%"
+            f"{name:<24}{d['loss/contrastive']:>12.3f}{d['chance_loss/contrastive']:>8.3f}"
+            f"{100 * d['acc/contrastive']:>7.1f}%{d['loss/code_mlm']:>10.3f}"
+            f"{d['chance_loss/code_mlm']:>9.3f}{100 * d['acc/code_mlm']:>7.1f}%"
             f"{100 * d['chance/code_mlm']:>7.1f}%{100 * d['codes_used']:>6.0f}%"
         )
 

@@ -362,7 +362,7 @@ def two_rank_work(rank: int, folder: str) -> None:
         },
         f"{folder}/{rank}.pt",
     )  # fmt: skip
-    dist.destroy_process_group()
+    training.leave_ranks(ranks)
 
 
 @pytest.fixture(scope="module")
