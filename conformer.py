@@ -227,8 +227,8 @@ class FeedForward(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention without positions: order comes from the convolutions.
 
-    w2v-BERT XL has no relative attention either (table 1 there). The key projection has no bias: one constant added to every key changes no softmax, so it has no
-    gradient.
+    w2v-BERT XL has no relative attention either (table 1 there). The key projection has no bias:
+    one constant added to every key changes no softmax, so it has no gradient.
     """
 
     def __init__(self, config: SlamConfig) -> None:
@@ -428,8 +428,7 @@ def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tens
 
 
 class TextEmbedder(nn.Module):
-    """Token embedding plus sinusoidal positions, then LayerNorm; no layers of its own (SLAM 3.1).
-    """
+    """Token embedding and sinusoidal positions, then LayerNorm; no further layers (SLAM 3.1)."""
 
     def __init__(self, config: SlamConfig) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""Files on disk: manifests, audio, tokenizers, text, and the importers that make manifests of
-corpora.
+"""Files on disk: manifests, audio, tokenizers, text, and importers that make manifests of corpora.
 
 A manifest is JSON lines in the NeMo convention (`audio_filepath`, `offset`, `duration`, `text`,
 further fields kept). Text is plain lines, a blank one between documents, tokenised once into a

@@ -1,14 +1,14 @@
 """Every objective of pre-training, as a pure function of tensors.
 
-SLAM sections 3.2 and 3.3. Each returns sums over masked positions and their count, in
-fp32, and nobody divides here: batches, micro-batches and ranks hold different counts, so the
-training loop divides once, by the count of the whole step. Masked positions come as M rows gathered
-from the batch; `weight` is 0 for the filler that pads M to a static size.
+SLAM sections 3.2 and 3.3. Each returns sums over masked positions and their count, in fp32, and
+nobody divides here: batches, micro-batches and ranks hold different counts, so the training loop
+divides once, by the count of the whole step. Masked positions come as M rows gathered from the
+batch; `weight` is 0 for the filler that pads M to a static size.
 
-Public: Loss, sample_negatives, contrastive, diversity, code_prediction, token_prediction,
-        speech_text_matching, ctc.
-Letters: M masked positions, K negatives, D width, G codebooks, V codes or vocabulary, B rows, T
-         encoder frames, U tokens.
+Public:  Loss, sample_negatives, contrastive, diversity, code_prediction, token_prediction,
+         speech_text_matching, ctc, ctc_fits.
+Letters: M masked positions, K negatives, D width, G codebooks, V codes or vocabulary, B rows,
+         T encoder frames, U tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ BLANK_ID = 0  # CTC's blank is the padding id, the one that no transcript contai
 
 
 class Loss(NamedTuple):
-    """Sums over positions, each () float32 (float64 in a float64 run). Divide by `count` to get
-    means.
+    """Sums over positions, each () float32 (float64 in a float64 run).
+
+    Divide by `count` to get means.
     """
 
     sum: Tensor  # of the loss, with gradient
@@ -54,8 +55,8 @@ def sample_negatives(
     long. A distractor is a step of 1 to size-1 frames from the positive, around the run's end:
     uniform over the others, never the positive.
 
-    Args:    row (M,) int64, the utterance of each masked frame, ascending, filler last; weight (M,)
-             1 or 0 for filler; n_negatives K, drawn with replacement; n_rows B.
+    Args:    row (M,) int64, the utterance of each masked frame, ascending, filler last;
+             weight (M,) 1 or 0 for filler; n_negatives K, drawn with replacement; n_rows B.
     Returns: (M, K) int64 indices into the M frames; (M,) bool, False where the utterance has no
              other masked frame (or for filler), whose indices must not be read.
     Source:  wav2vec 2.0 section 3.2, w2v-BERT section 3.2.
@@ -78,17 +79,16 @@ def sample_negatives(
 def contrastive(
     context: Tensor, target: Tensor, negatives: Tensor, usable: Tensor, codes: Tensor | None
 ) -> Loss:
-    """Tell the true target of a masked frame from K targets of other masked frames of the same
-    utterance.
+    """Tell the true target of a masked frame from K targets of other masked frames.
 
-    A distractor that holds the same codes as the positive is struck out: it could not be told
-    apart, and left in it would make a collapsed codebook look like success. A frame without any
-    distractor left counts for nothing. Ties are wrong.
+    The others are of the same utterance. A distractor that holds the same codes as the positive is
+    struck out: it could not be told apart, and left in it would make a collapsed codebook look like
+    success. A frame without any distractor left counts for nothing. Ties are wrong.
 
     Args:    context, target (M, D); negatives (M, K) int64 into the M frames; usable (M,) bool;
              codes (M, G) int64 drawn by the quantizer, or None when the targets have no codebook.
     Returns: Loss; its chance is the mean of 1 / (1 + distractors left).
-    Source:  wav2vec 2.0 equation 3. Striking out equal targets: fairseq's wav2vec 2.0 (its logit is -inf).
+    Source:  wav2vec 2.0 equation 3; striking out, as in its code (fairseq).
     """
     with torch.autocast(context.device.type, enabled=False):
         context, target = F.normalize(_wide(context), dim=-1), F.normalize(_wide(target), dim=-1)
@@ -115,12 +115,11 @@ def contrastive(
 
 
 def diversity(soft_perplexity: Tensor, n_entries: int, weight: Tensor) -> Loss:
-    """How far the batch is from using all entries alike: (G V - perplexity) / (G V), times the M
-    masked frames.
+    """How far the batch is from using all entries alike.
 
-    Times M because the contrastive sum runs over M frames too: without it the term vanishes in
-    large batches and the codebook collapses. Not additive over micro-batches: each has its own
-    statistic (DECISIONS 3).
+    (G V - perplexity) / (G V), times the M masked frames. Times M because the contrastive sum runs
+    over M frames too: without it the term vanishes in large batches and the codebook collapses. Not
+    additive over micro-batches: each has its own statistic.
 
     Args:    soft_perplexity (), summed over groups; n_entries G x V; weight (M,).
     Source:  wav2vec 2.0 equation 4.
@@ -130,14 +129,13 @@ def diversity(soft_perplexity: Tensor, n_entries: int, weight: Tensor) -> Loss:
 
 
 def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
-    """Masked prediction of the quantizer's ids, from the top of the multimodal stack (w2v-BERT
-    equation 2).
+    """Masked prediction of the quantizer's ids, from the top of the multimodal stack.
 
-    Chance is always naming the batch's most frequent id; the chance loss is the entropy of the
-    batch's ids.
+    w2v-BERT equation 2. Chance is always naming the batch's most frequent id; the chance loss is
+    the entropy of the batch's ids.
 
-    Args: logits (M, G, V); ids (M, G) int64 without gradient; weight (M,). Groups are summed in the
-          loss, averaged in accuracy.
+    Args: logits (M, G, V); ids (M, G) int64 without gradient; weight (M,).
+          Groups are summed in the loss, averaged in accuracy.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, weight = _wide(logits), _wide(weight)
@@ -161,11 +159,10 @@ def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
 
 
 def token_prediction(logits: Tensor, targets: Tensor, weight: Tensor, unigram: Tensor) -> Loss:
-    """Masked tokens: the span-masked LM on text, and TLM's text side where the same head reads a
-    joined pair.
+    """Masked tokens: the span-masked LM on text, and TLM's text side.
 
-    Chance is always answering the corpus' most frequent token; the chance loss is that of answering
-    with the corpus' frequencies.
+    In TLM the same head reads a joined pair. Chance is always answering the corpus' most frequent
+    token; the chance loss is that of answering with the corpus' frequencies.
 
     Args: logits (M, V); targets (M,) int64; weight (M,); unigram (V,) log-probabilities of the
           training text.
@@ -183,11 +180,12 @@ def token_prediction(logits: Tensor, targets: Tensor, weight: Tensor, unigram: T
 
 
 def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:
-    """Does this text belong to this speech? Binary cross-entropy on the joined pair's [CLS] (SLAM
-    3.3.2).
+    """Does this text belong to this speech?
 
-    Args: match_logit (B,) of joined rows; label (B,) 1 for the true transcript, 0 for another's. A
-          logit of exactly 0 is wrong.
+    Binary cross-entropy on the joined pair's [CLS] (SLAM 3.3.2).
+
+    Args: match_logit (B,) of joined rows; label (B,) 1 for the true transcript, 0 for another's.
+          A logit of exactly 0 is wrong.
     """
     with torch.autocast(match_logit.device.type, enabled=False):
         match_logit = _wide(match_logit)
@@ -202,14 +200,16 @@ def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:
 
 
 def ctc(logits: Tensor, speech_lens: Tensor, targets: Tensor, target_lens: Tensor) -> Loss:
-    """CTC of the transcript on the speech encoder's output: mSLAM's alignment loss, which SLAM
-    lacks.
+    """CTC of the transcript on the speech encoder's output.
+
+    mSLAM's alignment loss, which SLAM lacks. It is read before text is joined: attention could copy
+    the text.
 
     Args:    logits (B, T, V), blank BLANK_ID; speech_lens (B,); targets (B, U) int64 without
              specials; target_lens (B,).
     Returns: Loss, summed over rows and counted in tokens. Rows that ctc_fits refuses have no
              alignment and are left out, so the sum is never infinite.
-    Source:  Graves et al. 2006; mSLAM section 3.
+    Source:  Graves et al. 2006; mSLAM (Bapna et al. 2022) section 3.
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = _wide(logits).log_softmax(-1).transpose(0, 1)  # (T, B, V)

@@ -1,14 +1,15 @@
-"""Pre-train SLAM: one Conformer on unlabelled speech, unlabelled text and transcribed speech at
-once.
+"""Pre-train SLAM: one Conformer on unlabelled speech, unlabelled text and transcribed speech.
 
 SLAM (Bapna et al. 2021) section 3. `python pretrain.py` makes a small embedded corpus and
 pre-trains on it; `torchrun pretrain.py --modalities speech,text --align tlm,stm --speech ... --text
 ... --paired ...` is a real run.
 
-Each optimiser step reads three streams and sums the gradients of all their objectives: speech
-contrastive + 0.1 diversity on the speech encoder, masked code prediction on top (w2v-BERT) text
-span-masked LM on top pairs    TLM (masked tokens and masked codes of the joined pair), STM (do they
-match?), CTC as an extension
+Each optimiser step reads three streams and sums the gradients of all their objectives:
+    speech   contrastive + 0.1 diversity on the speech encoder, masked code prediction on top
+             (w2v-BERT)
+    text     span-masked LM on top
+    pairs    TLM (masked tokens and masked codes of the joined pair), STM (do they match?), CTC as
+             an extension
 
 Stages are runs: stage 1 `--align none`, stage 2 `--align tlm,stm --init STAGE1`, stage 3
 `--modalities speech --init STAGE2`.
@@ -47,20 +48,13 @@ from conformer import (
 from quantizer import GumbelQuantizer, LinearTarget
 from training import Ranks
 
-MASK_FILL_STD = (
-    0.1  # of the noise that replaces masked features, relative to their own deviation (DECISIONS 7)
-)
+# UNSPECIFIED IN PAPER: deviation of the noise that replaces masked features, relative to their own.
+MASK_FILL_STD = 0.1
 DIVERSITY_WEIGHT = 0.1  # w2v-BERT's alpha
-TARGET_PARTS = (
-    "encoder.speech.subsampling",
-    "quantizer.norm",
-    "quantizer.logits",
-    "linear_target",
-)  # decide the targets
-RETRIEVAL_TEXTS, RETRIEVAL_QUERIES = (
-    100,
-    50,
-)  # held-out probe: find the transcript among so many texts
+# These decide the targets.
+TARGET_PARTS = ("encoder.speech.subsampling", "quantizer.norm", "quantizer.logits", "linear_target")
+# Held-out probe: find the transcript among so many texts, for so many utterances.
+RETRIEVAL_TEXTS, RETRIEVAL_QUERIES = 100, 50
 
 # ---------------------------------------------------------------------------------------- the model
 
@@ -105,22 +99,18 @@ class Objectives:
         """The losses of the run, in a fixed order."""
         names = []
         if "speech" in self.modalities:
-            names += ["contrastive"] + (
-                ["diversity", "code_mlm"] if self.speech_objective == "w2v-bert" else []
-            )
+            names += ["contrastive"]
+            names += ["diversity", "code_mlm"] if self.speech_objective == "w2v-bert" else []
         names += ["span_lm"] if "text" in self.modalities else []
-        for option, its in (
-            ("tlm", ["tlm_text", "tlm_speech"]),
-            ("stm", ["stm"]),
-            ("ctc", ["ctc"]),
-        ):
-            names += its if option in self.align else []
+        names += ["tlm_text", "tlm_speech"] if "tlm" in self.align else []
+        names += [name for name in ("stm", "ctc") if name in self.align]
         return names
 
 
 class SlamPretraining(nn.Module):
-    """The encoder, the quantizer and one head an objective; nothing is built that the objectives do
-    not use.
+    """The encoder, the quantizer and one head an objective.
+
+    Nothing is built that the objectives do not use.
     """
 
     def __init__(self, config: SlamConfig, objectives: Objectives) -> None:
@@ -135,19 +125,16 @@ class SlamPretraining(nn.Module):
                 self.quantizer = GumbelQuantizer(
                     config.conv_dim, G, V, config.code_dim, schedule, config.codebook_init
                 )
-                self.code_head = nn.Linear(
-                    D, G * V
-                )  # code prediction and TLM's speech side (DECISIONS 12)
+                # One head for code prediction and TLM's speech side, which ask the same.
+                self.code_head = nn.Linear(D, G * V)
             else:
                 self.linear_target = LinearTarget(config.conv_dim, config.code_dim)
         if "text" in objectives.modalities:
-            self.text_head = nn.Linear(
-                D, config.vocab_size
-            )  # span LM and TLM's text side, untied from the embedding
+            # One head for the span LM and TLM's text side, untied from the embedding.
+            self.text_head = nn.Linear(D, config.vocab_size)
             unigram = torch.full((config.vocab_size,), -math.log(config.vocab_size))
-            self.register_buffer(
-                "unigram", unigram, persistent=False
-            )  # log-frequencies of the training text
+            # Log-frequencies of the training text.
+            self.register_buffer("unigram", unigram, persistent=False)
         if "stm" in objectives.align:
             self.match_head = nn.Linear(D, 1)
         if "ctc" in objectives.align:
@@ -159,8 +146,9 @@ class SlamPretraining(nn.Module):
             self.quantizer.step += 1
 
     def forward(self, batch: data.Batch) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
-        """All objectives of one micro-batch: {name: Loss} and statistics that add up over micro-
-        batches.
+        """All objectives of one micro-batch: {name: Loss}, and statistics.
+
+        The statistics add up over micro-batches.
         """
         out: dict[str, L.Loss] = {}
         statistics: dict[str, Tensor] = {}
@@ -174,16 +162,15 @@ class SlamPretraining(nn.Module):
         return out, statistics
 
     def counts(self, batch: data.Batch) -> dict[str, float]:
-        """What each loss of the run is divided by, known before the forward pass: so it can be
-        summed over ranks first.
+        """What each loss of the run is divided by.
+
+        Known before the forward pass: so it can be summed over ranks first.
         """
         counts = batch.counts()
         if hasattr(self, "ctc_head"):
-            lens, tokens = (
-                batch.pairs.text.lens - 1,
-                batch.pairs.clean_tokens[:, 1:],
-            )  # without [CLS]
-            fits = L.ctc_fits(subsampled_lens(batch.pairs.speech.feature_lens), tokens, lens)
+            speech_lens = subsampled_lens(batch.pairs.speech.feature_lens)
+            lens = batch.pairs.text.lens - 1  # without [CLS]
+            fits = L.ctc_fits(speech_lens, batch.pairs.clean_tokens[:, 1:], lens)
             counts["ctc"] = float((lens * fits).sum())
         return {name: counts[name] for name in self.objectives}
 
@@ -197,44 +184,32 @@ class SlamPretraining(nn.Module):
         valid = valid_mask(lens, conv.shape[1])[..., None].to(conv.dtype)
         count = (valid.sum((1, 2), keepdim=True) * conv.shape[2]).clamp(min=1)
         mean = conv.sum((1, 2), keepdim=True) / count  # padding is zero
-        deviation = (
-            (((conv - mean) * valid).square().sum((1, 2), keepdim=True) / count).sqrt().detach()
-        )
-        return torch.where(
-            masked[..., None], MASK_FILL_STD * deviation * torch.randn_like(conv), conv
-        )
+        variance = ((conv - mean) * valid).square().sum((1, 2), keepdim=True) / count
+        noise = MASK_FILL_STD * variance.sqrt().detach() * torch.randn_like(conv)
+        return torch.where(masked[..., None], noise, conv)
 
     def speech_losses(
         self, speech: data.SpeechBatch
     ) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
-        """w2v-BERT on unlabelled speech, or the contrastive loss alone at the top for
-        w2v-conformer.
-        """
-        conv, lens = self.encoder.speech.subsample(
-            speech.features, speech.feature_lens
-        )  # (B, T, C)
+        """w2v-BERT on unlabelled speech, or w2v-conformer's contrastive loss alone, at the top."""
+        conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)
         B, T, _ = conv.shape
         at, weight = speech.masked_index, speech.masked_weight  # (M,)
-        context, states = self.encoder.speech.encode(
-            self.mask_fill(conv, speech.masked, lens), lens
-        )
+        filled = self.mask_fill(conv, speech.masked, lens)  # (B, T, C)
+        context, states = self.encoder.speech.encode(filled, lens)
         top = self.encoder.multimodal(states, lens)  # (B, T, D)
         unmasked = conv.flatten(0, 1)[at]  # (M, C): what was there before the mask
         negatives, usable = L.sample_negatives(at // T, weight, L.N_NEGATIVES, B)
 
         if self.objectives_of_run.speech_objective == "contrastive":
             guess = self.context_project(top.flatten(0, 1)[at])
-            return {
-                "contrastive": L.contrastive(
-                    guess, self.linear_target(unmasked), negatives, usable, None
-                )
-            }, {}
+            target = self.linear_target(unmasked)
+            return {"contrastive": L.contrastive(guess, target, negatives, usable, None)}, {}
 
         codes = self.quantizer(unmasked, weight)
         guess = self.context_project(context.flatten(0, 1)[at])  # (M, code_dim)
-        logits = self.code_head(top.flatten(0, 1)[at]).unflatten(
-            1, codes.ids.shape[1:] + (-1,)
-        )  # (M, G, V)
+        logits = self.code_head(top.flatten(0, 1)[at])  # (M, G V)
+        logits = logits.unflatten(1, codes.ids.shape[1:] + (-1,))  # (M, G, V)
         losses = {
             "contrastive": L.contrastive(guess, codes.vectors, negatives, usable, codes.drawn),
             "diversity": L.diversity(codes.soft_perplexity, codes.hard_counts.numel(), weight),
@@ -251,24 +226,22 @@ class SlamPretraining(nn.Module):
         """Span-masked LM; the vocabulary softmax runs on masked positions only."""
         top = self.encoder.multimodal(self.encoder.text(text.tokens), text.lens)  # (B, U, D)
         logits = self.text_head(top.flatten(0, 1)[text.masked_index])  # (M, V)
-        return {
-            "span_lm": L.token_prediction(logits, text.targets, text.masked_weight, self.unigram)
-        }
+        loss = L.token_prediction(logits, text.targets, text.masked_weight, self.unigram)
+        return {"span_lm": loss}
 
     def pair_losses(self, pairs: data.PairBatch) -> dict[str, L.Loss]:
-        """TLM on the joined pair, STM on its [CLS] against another utterance's text, CTC before the
-        text is joined.
+        """TLM on the joined pair, STM on its [CLS] against another utterance's text, CTC.
 
-        STM's negatives are extra rows: the same masked speech with masked foreign text, read for
-        [CLS] alone. CTC, and STM with --stm-unmasked, read clean speech, at the price of a second
-        pass through the speech encoder.
+        CTC is read before the text is joined: attention could copy the text. STM's negatives are
+        extra rows: the same masked speech with masked foreign text, read for [CLS] alone. CTC, and
+        STM with --stm-unmasked, read clean speech, at the price of a second pass through the speech
+        encoder.
         """
         speech, text = pairs.speech, pairs.text
         with_stm, clean_stm = hasattr(self, "match_head"), self.objectives_of_run.stm_unmasked
         conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)
-        _, states = self.encoder.speech.encode(
-            self.mask_fill(conv, speech.masked, lens), lens
-        )  # (B, T, D)
+        filled = self.mask_fill(conv, speech.masked, lens)
+        _, states = self.encoder.speech.encode(filled, lens)  # (B, T, D)
         negatives = with_stm and not clean_stm
         texts = torch.cat([text.tokens, pairs.negative_tokens]) if negatives else text.tokens
         text_lens = torch.cat([text.lens, pairs.negative_lens]) if negatives else text.lens
@@ -286,16 +259,16 @@ class SlamPretraining(nn.Module):
         if hasattr(self, "ctc_head"):
             # UNSPECIFIED IN PAPER (mSLAM): whether CTC sees masked speech. Here it hears all that
             # its transcript says.
-            out["ctc"] = L.ctc(
-                self.ctc_head(states), lens, pairs.clean_tokens[:, 1:], text.lens - 1
-            )  # without [CLS]
+            tokens, token_lens = pairs.clean_tokens[:, 1:], text.lens - 1  # without [CLS]
+            out["ctc"] = L.ctc(self.ctc_head(states), lens, tokens, token_lens)
         return out
 
     def encode_pairs(
         self, states: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Join speech states (B, T, D) with B or 2B rows of text -> (rows, T+U, D) and (rows,)
-        places of [CLS].
+        """Join speech states (B, T, D) with B or 2B rows of text.
+
+        Returns: (rows, T+U, D) and (rows,) places of [CLS].
         """
         copies = tokens.shape[0] // states.shape[0]
         states, lens = states.repeat(copies, 1, 1), lens.repeat(copies)
@@ -305,30 +278,27 @@ class SlamPretraining(nn.Module):
     def tlm_losses(
         self, pairs: data.PairBatch, conv: Tensor, top: Tensor, text_start: Tensor
     ) -> dict[str, L.Loss]:
-        """Masked tokens and masked codes of the joined pair; only its true texts, which are the
-        first B rows of `top`.
+        """Masked tokens and masked codes of the joined pair.
+
+        Only of true texts, which are the first B rows of `top`.
         """
         speech, text = pairs.speech, pairs.text
-        (T, U), length, flat = (
-            (conv.shape[1], text.tokens.shape[1]),
-            top.shape[1],
-            top.flatten(0, 1),
-        )
+        T, U, length, flat = conv.shape[1], text.tokens.shape[1], top.shape[1], top.flatten(0, 1)
         row, place = speech.masked_index // T, speech.masked_index % T
         ids = self.quantizer.name(conv.flatten(0, 1)[speech.masked_index])  # (M, G)
         code_logits = self.code_head(flat[row * length + place]).unflatten(1, ids.shape[1:] + (-1,))
         row, place = text.masked_index // U, text.masked_index % U
         token_logits = self.text_head(flat[row * length + text_start[row] + place])
+        targets, weight = text.targets, text.masked_weight
         return {
-            "tlm_text": L.token_prediction(
-                token_logits, text.targets, text.masked_weight, self.unigram
-            ),
+            "tlm_text": L.token_prediction(token_logits, targets, weight, self.unigram),
             "tlm_speech": L.code_prediction(code_logits, ids, speech.masked_weight),
         }
 
     def match_logit(self, top: Tensor, text_start: Tensor) -> Tensor:
-        """(rows, L, D) and the place of [CLS] (rows,) -> (rows,) logits of "this text belongs to
-        this speech".
+        """Logits (rows,) of "this text belongs to this speech".
+
+        Args: top (rows, L, D); text_start (rows,) the place of [CLS].
         """
         cls = top[torch.arange(top.shape[0], device=top.device), text_start]  # (rows, D)
         return self.match_head(cls)[:, 0]
@@ -346,28 +316,23 @@ def evaluate(
     row's speech: what it lacks against `acc/tlm_text` is what the model hears. `acc/retrieval`
     finds the transcript among RETRIEVAL_TEXTS.
     """
-    of_micro_batch = {
-        name: units // args.micro_batches for name, units in stream_units(args).items()
-    }
+    of_step = stream_units(args)
 
     def batches(*names: str) -> Iterator[data.Batch]:
         for name in names:
             if rows.get(name) is not None:
-                units = max(of_micro_batch[name], int(rows[name].lengths.max()))
-                yield from data.dev_batches(
-                    **{name: rows[name]}, speech_units=units, text_units=units
-                )
+                units = max(of_step[name] // args.micro_batches, int(rows[name].lengths.max()))
+                sizes = {"speech_units": units, "text_units": units}
+                yield from data.dev_batches(**{name: rows[name]}, **sizes)
 
-    metrics = training.means(
-        training.evaluate_sums(model, batches("speech", "text", "pairs"), args, ranks)
-    )
+    def measured(of: Iterator[data.Batch]) -> dict[str, float]:
+        return training.means(training.evaluate_sums(model, of, args, ranks))
+
+    metrics = measured(batches("speech", "text", "pairs"))
     if rows.get("pairs") is not None and "tlm" in model.objectives_of_run.align:
-        wrong = (
-            with_wrong_speech(batch) for batch in batches("pairs") if len(batch.pairs.text.lens) > 1
-        )
-        metrics["acc/tlm_text_wrong_speech"] = training.means(
-            training.evaluate_sums(model, wrong, args, ranks)
-        ).get("acc/tlm_text", math.nan)
+        several = (batch for batch in batches("pairs") if len(batch.pairs.text.lens) > 1)
+        wrong = measured(with_wrong_speech(batch) for batch in several)
+        metrics["acc/tlm_text_wrong_speech"] = wrong.get("acc/tlm_text", math.nan)
     if rows.get("pairs") is not None and hasattr(model, "match_head"):
         metrics |= retrieval(model, rows["pairs"], args, ranks)
     return metrics
@@ -393,11 +358,10 @@ def with_wrong_speech(batch: data.Batch) -> data.Batch:
 def retrieval(
     model: SlamPretraining, rows: data.PairRows, args: argparse.Namespace, ranks: Ranks
 ) -> dict[str, float]:
-    """Share of held-out utterances whose own transcript has the highest match among RETRIEVAL_TEXTS
-    different ones.
+    """Share of held-out utterances whose own transcript has the highest match.
 
-    Speech and text are whole (unmasked). Every candidate list is the same: the first different
-    transcripts of the set.
+    It is looked for among RETRIEVAL_TEXTS different ones. Speech and text are whole (unmasked).
+    Every candidate list is the same: the first different transcripts of the set.
     """
     texts: dict[str, int] = {}
     for i in range(len(rows.manifest)):
@@ -414,9 +378,8 @@ def retrieval(
         with training.autocast(ranks.device, args.dtype):
             conv, speech_lens = model.encoder.speech.subsample(speech.features, speech.feature_lens)
             _, states = model.encoder.speech.encode(conv, speech_lens)  # (1, T, D)
-            scores = model.match_logit(
-                *model.encode_pairs(states, speech_lens, padded, lens)
-            )  # (candidates,)
+            pairs = model.encode_pairs(states, speech_lens, padded, lens)
+            scores = model.match_logit(*pairs)  # (candidates,)
         found += torch.tensor([float(scores.argmax() == place), 1.0], dtype=torch.float64)
     right, asked = ranks.sum(found.to(ranks.device)).tolist()
     return {
@@ -430,8 +393,9 @@ def retrieval(
 
 
 def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
-    """No data was given: make (or reuse) the demo corpus and fill in the arguments, through the
-    real importers.
+    """No data was given: make (or reuse) the demo corpus and fill in the arguments.
+
+    The corpus goes through the real importers.
     """
     root, prepared = args.demo_dir, args.demo_dir / "manifests"
     if ranks.local_rank == 0:
@@ -442,13 +406,11 @@ def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
                 data.librispeech_manifest(root / "LibriSpeech", path, splits)
         if not (prepared / "tokenizer.model").exists():
             with open(root / "text" / "train.txt", encoding="utf-8") as lines:
-                data.Tokenizer.train(lines, DEMO_VOCABULARY, "lower").save(
-                    prepared / "tokenizer.model"
-                )
+                tokenizer = data.Tokenizer.train(lines, DEMO_VOCABULARY, "lower")
+            tokenizer.save(prepared / "tokenizer.model")
     ranks.wait()
-    args.speech, args.paired, args.dev_speech = (
-        str(prepared / f"{n}.jsonl") for n in DEMO_MANIFESTS
-    )
+    manifests = (str(prepared / f"{name}.jsonl") for name in DEMO_MANIFESTS)
+    args.speech, args.paired, args.dev_speech = manifests
     args.dev_paired = args.dev_speech
     args.text, args.dev_text = str(root / "text" / "train.txt"), str(root / "text" / "dev.txt")
     args.tokenizer = args.tokenizer or prepared / "tokenizer.model"
@@ -470,16 +432,15 @@ def paths_of(comma_list: str | None) -> list[Path]:
 def load_rows(
     args: argparse.Namespace, objectives: Objectives, tokenizer: data.Tokenizer | None, dev: bool
 ) -> dict[str, Any]:
-    """The rows of the streams that the objectives read: {"speech": SpeechRows, "text": TextRows,
-    "pairs": PairRows}.
+    """The rows of the streams that the objectives read.
 
-    Raises ValueError naming the flag when a stream of a training run has no data; held-out streams
-    may be missing.
+    Returns: {"speech": SpeechRows, "text": TextRows, "pairs": PairRows}.
+    Raises:  ValueError naming the flag when a stream of a training run has no data; held-out
+             streams may be missing.
     """
     prefix, rows = ("dev_" if dev else ""), {}
-    wanted = [(m, m) for m in objectives.modalities] + (
-        [("pairs", "paired")] if objectives.align else []
-    )
+    wanted = [(name, name) for name in objectives.modalities]
+    wanted += [("pairs", "paired")] if objectives.align else []
     for stream, name in wanted:
         paths = paths_of(getattr(args, prefix + name))
         if not paths:
@@ -487,15 +448,14 @@ def load_rows(
                 continue
             what = "--align" if stream == "pairs" else "--modalities"
             raise ValueError(
-                f"--{name} is missing: {what} asks for {stream}; give its files, or no data at "
-                "all for the demo"
+                f"--{name} is missing: {what} asks for {stream}; "
+                "give its files, or no data at all for the demo"
             )
         if stream == "speech":
             rows[stream] = data.SpeechRows(data.Manifest.read(paths), args.max_audio_s, args.seed)
         elif stream == "text":
-            rows[stream] = data.TextRows.pack(
-                data.TextCorpus.open(paths, tokenizer), args.row_tokens, args.seed
-            )
+            corpus = data.TextCorpus.open(paths, tokenizer)
+            rows[stream] = data.TextRows.pack(corpus, args.row_tokens, args.seed)
         else:
             manifest = data.Manifest.read(paths, text_required=True)
             masks = {"speech_mask": args.tlm_speech_mask, "text_mask": args.tlm_text_mask}
@@ -513,25 +473,21 @@ def stream_units(args: argparse.Namespace) -> dict[str, int]:
 
 
 def make_plans(rows: dict[str, Any], args: argparse.Namespace) -> dict[str, data.BatchPlan]:
-    """One endless batch plan a stream. Streams have fixed numbers, so adding pairs leaves the order
-    of speech alone.
+    """One endless batch plan a stream.
+
+    Streams have fixed numbers, so adding pairs leaves the order of speech alone.
     """
-    return {
-        name: data.BatchPlan(
-            rows[name].lengths,
-            units,
-            micro_batches=args.micro_batches,
-            seed=args.seed,
-            stream=number,
-        )
-        for number, (name, units) in enumerate(stream_units(args).items())
-        if name in rows
-    }
+    common, plans = {"micro_batches": args.micro_batches, "seed": args.seed}, {}
+    for number, (name, units) in enumerate(stream_units(args).items()):
+        if name in rows:
+            plans[name] = data.BatchPlan(rows[name].lengths, units, stream=number, **common)
+    return plans
 
 
 def unigram_of(rows: dict[str, Any], vocab_size: int) -> Tensor:
-    """(V,) float32 log-frequencies of the training text's tokens, each counted once more than it
-    occurs.
+    """(V,) float32 log-frequencies of the training text's tokens.
+
+    Each is counted once more than it occurs.
     """
     counts = torch.ones(vocab_size, dtype=torch.float64)
     counts += torch.as_tensor(rows["text"].corpus.counts.astype("float64"))
@@ -563,10 +519,8 @@ def initialise(
     model.load_state_dict(own | matched)
     carried = {name: value for name, value in weights.items() if name not in own}
     fresh = sorted({name.split(".")[0] for name in own.keys() - matched.keys()})
-    ranks.log(
-        f"init: {len(matched)} of {len(own)} tensors taken, {len(carried)} carried unread, new: "
-        f"{', '.join(fresh) or 'none'}"
-    )
+    taken = f"{len(matched)} of {len(own)} tensors taken, {len(carried)} carried unread"
+    ranks.log(f"init: {taken}, new: {', '.join(fresh) or 'none'}")
     return carried
 
 
@@ -574,32 +528,26 @@ def fingerprint(
     args: argparse.Namespace, config: SlamConfig, objectives: Objectives, rows: dict[str, Any]
 ) -> dict[str, Any]:
     """What must be equal for a resumed run to be the run that was interrupted."""
+    switches = json.loads(json.dumps(dataclasses.asdict(objectives)))  # lists, as when loaded
+    batch = [args.batch_s, args.batch_tokens, args.batch_paired_s]
+    sizes = {name: [len(its.lengths), int(its.lengths.sum())] for name, its in rows.items()}
     return {
         "--size and its options": dataclasses.asdict(config),
-        "--modalities, --align, --speech-objective": json.loads(
-            json.dumps(dataclasses.asdict(objectives))
-        ),
+        "--modalities, --align, --speech-objective": switches,
         "--seed": args.seed,
-        "--batch-s, --batch-tokens, --batch-paired-s": [
-            args.batch_s,
-            args.batch_tokens,
-            args.batch_paired_s,
-        ],
+        "--batch-s, --batch-tokens, --batch-paired-s": batch,
         "--lr, --warmup-steps": [args.lr, args.warmup_steps],
         "--tlm-speech-mask, --tlm-text-mask": [args.tlm_speech_mask, args.tlm_text_mask],
         "--weight-decay, --grad-clip": [args.weight_decay, args.grad_clip],
         "--loss-weights": args.loss_weights,
         "--dtype": args.dtype,
         "--max-audio-s, --row-tokens": [args.max_audio_s, args.row_tokens],
-        "the manifests": {
-            name: [len(its.lengths), int(its.lengths.sum())] for name, its in rows.items()
-        },
+        "the manifests": sizes,
     }
 
 
 def check_same_run(stored: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for the first thing that differs between a checkpoint's run and this one.
-    """
+    """Raises ValueError for the first thing that differs between a checkpoint's run and this."""
     for name, value in now.items():
         if stored.get(name) != value:
             raise ValueError(
@@ -612,14 +560,14 @@ def check_same_run(stored: dict[str, Any], now: dict[str, Any], path: Path) -> N
 
 
 def parameter_table(model: SlamPretraining) -> str:
-    """Lines of name and millions of parameters, the 24 blocks of `xl` apart from what surrounds
-    them.
+    """Lines of name and millions of parameters.
+
+    The 24 blocks of `xl` stand apart from what surrounds them.
     """
 
     def count(*modules: nn.Module | None) -> int:
-        return sum(
-            p.numel() for module in modules if module is not None for p in module.parameters()
-        )
+        there = (module for module in modules if module is not None)
+        return sum(weight.numel() for module in there for weight in module.parameters())
 
     encoder, parts = model.encoder, []
     stacks = [encoder.multimodal] + ([encoder.speech.stack] if encoder.speech else [])
@@ -629,9 +577,8 @@ def parameter_table(model: SlamPretraining) -> str:
         parts.append(("text embedding", count(encoder.text)))
         parts.append(("blocks and embedding", count(*stacks, encoder.text)))
     if encoder.speech is not None:
-        parts.append(
-            ("subsampling and linears", count(encoder.speech) - count(encoder.speech.stack))
-        )
+        around = count(encoder.speech) - count(encoder.speech.stack)
+        parts.append(("subsampling and linears", around))
     heads = {name: module for name, module in model.named_children() if name != "encoder"}
     parts += [(name.replace("_", " "), count(module)) for name, module in heads.items()]
     parts.append(("all", count(model)))
@@ -640,34 +587,33 @@ def parameter_table(model: SlamPretraining) -> str:
 
 def chance_table(model: SlamPretraining) -> str:
     """The loss of a model that has learned nothing, for each objective."""
-    config, K = model.config, L.N_NEGATIVES
+    K, V, vocabulary = L.N_NEGATIVES, model.config.n_codes, model.config.vocab_size
+    code, token = model.config.n_codebooks * math.log(V), math.log(vocabulary)
     levels = {
-        "contrastive": f"{math.log(1 + K):.3f}  ln(1 + {K} distractors); less where rows are short or codes coincide",
+        "contrastive": f"{math.log(1 + K):.3f}  ln(1 + {K} distractors); "
+        "less where rows are short or codes coincide",
         "diversity": "0 when all codes are used alike, near 1 when collapsed",
-        "code_mlm": f"{config.n_codebooks * math.log(config.n_codes):.3f}  ln {config.n_codes}; the log prints the entropy of the codes in use",
-        "tlm_speech": f"{config.n_codebooks * math.log(config.n_codes):.3f}  the same",
-        "span_lm": f"{math.log(config.vocab_size):.3f}  ln {config.vocab_size}; the log prints that of the corpus' frequencies",
-        "tlm_text": f"{math.log(config.vocab_size):.3f}  the same",
+        "code_mlm": f"{code:.3f}  ln {V}; the log prints the entropy of the codes in use",
+        "tlm_speech": f"{code:.3f}  the same",
+        "span_lm": f"{token:.3f}  ln {vocabulary}; "
+        "the log prints that of the corpus' frequencies",
+        "tlm_text": f"{token:.3f}  the same",
         "stm": f"{math.log(2):.3f}  ln 2",
     }
     return "\n".join(f"  {name:<12}{levels[name]}" for name in model.objectives if name in levels)
 
 
 def plan_table(plans: dict[str, data.BatchPlan]) -> str:
-    """Each stream's buckets: longest row, rows a micro-batch, and the padding that the plan costs.
-    """
+    """Each stream's buckets: longest row, rows a micro-batch, and what padding the plan costs."""
     lines = []
     for name, plan in plans.items():
         unit, scale = ("tokens", 1) if name == "text" else ("s", 100)
-        lines.append(
-            f"  {name}: {sum(map(len, plan.rows))} rows, padding {100 * plan.padding_waste():.1f}%"
-        )
+        n_rows, waste = sum(map(len, plan.rows)), 100 * plan.padding_waste()
+        lines.append(f"  {name}: {n_rows} rows, padding {waste:.1f}%")
         for row in plan.describe():
-            longest = row["longest"] / scale
-            lines.append(
-                f"    up to {longest:7.2f} {unit:<6} {row['rows']:>9} rows, "
-                f"{row['rows_per_micro']} a micro-batch"
-            )
+            longest, counts = row["longest"] / scale, f"{row['rows']:>9} rows"
+            each = f"{row['rows_per_micro']} a micro-batch"
+            lines.append(f"    up to {longest:7.2f} {unit:<6} {counts}, {each}")
     return "\n".join(lines)
 
 
@@ -682,15 +628,15 @@ def progress_line(
             parts.append(f"{name} {metrics[f'loss/{name}']:.3f}{accuracy}")
     if "ppl/code" in metrics:
         parts.append(f"ppl {metrics['ppl/code']:.0f}")
-    parts.append(
-        f"lr {metrics['lr']:.1e}  grad {metrics['grad_norm']:.2f}  {metrics['step_ms']:.0f} ms"
-    )
+    parts.append(f"lr {metrics['lr']:.1e}")
+    parts += [f"grad {metrics['grad_norm']:.2f}", f"{metrics['step_ms']:.0f} ms"]
     return "  ".join(parts)
 
 
 def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
-    """Objective, loss against its chance level, accuracy against that of a blind guess, share of
-    codes in use.
+    """Objective, loss against its chance level, accuracy against that of a blind guess.
+
+    The last line is the share of codes in use.
     """
     lines = [f"  {'objective':<24}{'loss':>9}{'chance':>9}{'accuracy':>11}{'chance':>9}"]
 
@@ -705,16 +651,15 @@ def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
             cells += [cell(f"acc/{name}", True, 11), cell(f"chance/{name}", True, 9)]
             lines.append(f"  {name:<24}" + "".join(cells))
     if "codes_used" in metrics:
-        lines.append(
-            f"  codes in use {100 * metrics['codes_used']:.1f}%, perplexity "
-            f"{metrics['ppl/code']:.1f}"
-        )
+        used = f"{100 * metrics['codes_used']:.1f}%"
+        lines.append(f"  codes in use {used}, perplexity {metrics['ppl/code']:.1f}")
     return "\n".join(lines)
 
 
 def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
-    """curves.png from metrics.jsonl: a panel an objective, training and held-out loss against the
-    chance level.
+    """curves.png from metrics.jsonl, a panel an objective.
+
+    Training and held-out loss against the chance level.
     """
     import matplotlib
 
@@ -722,20 +667,17 @@ def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
     import matplotlib.pyplot as plt
 
     rows = training.read_metrics(out_dir / "metrics.jsonl")
-    panels = [name for name in objectives if any(f"loss/{name}" in row for row in rows)] + [
-        "ppl/code"
-    ]
+    panels = [name for name in objectives if any(f"loss/{name}" in row for row in rows)]
+    panels.append("ppl/code")
     columns = min(4, len(panels))
-    figure, axes = plt.subplots(
-        -(-len(panels) // columns),
-        columns,
-        figsize=(3.4 * columns, 2.6 * -(-len(panels) // columns)),
-        squeeze=False,
-    )
+    lines = -(-len(panels) // columns)
+    size = (3.4 * columns, 2.6 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for axis, name in zip(axes.flat, panels):
-        keys = [("ppl/code", "train", "C0-")] if name == "ppl/code" else [
-            (f"loss/{name}", "train", "C0-"), (f"chance_loss/{name}", "chance", "C1:"), (f"dev/loss/{name}", "held out", "C2o"),
-        ]  # fmt: skip
+        keys = [("ppl/code" if name == "ppl/code" else f"loss/{name}", "train", "C0-")]
+        if name != "ppl/code":
+            keys.append((f"chance_loss/{name}", "chance", "C1:"))
+            keys.append((f"dev/loss/{name}", "held out", "C2o"))
         for key, label, style in keys:
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
@@ -761,81 +703,73 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Pre-train SLAM. With no data arguments: on the embedded demo corpus."
     )
-    g = parser.add_argument_group(
+    add = parser.add_argument_group(
         "data (comma lists are pooled; manifests are JSON lines, see data.py)"
-    )
-    g.add_argument("--speech", metavar="A.jsonl,...", help="unlabelled audio")
-    g.add_argument(
+    ).add_argument
+    add("--speech", metavar="A.jsonl,...", help="unlabelled audio")
+    add(
         "--text",
         metavar="A.txt,...",
         help="plain sentences, one a line, blank lines between documents",
     )
-    g.add_argument("--paired", metavar="A.jsonl,...", help="transcribed audio")
+    add("--paired", metavar="A.jsonl,...", help="transcribed audio")
     for name in ("speech", "text", "paired"):
-        g.add_argument(
-            f"--dev-{name}", metavar="FILES", help=f"held-out {name}, for the evaluations"
-        )
-    g.add_argument(
-        "--tokenizer", type=Path, help="SentencePiece model made by `python data.py tokenizer`"
-    )
-    g.add_argument(
+        add(f"--dev-{name}", metavar="FILES", help=f"held-out {name}, for the evaluations")
+    add("--tokenizer", type=Path, help="SentencePiece model made by `python data.py tokenizer`")
+    add(
         "--demo-dir",
         type=Path,
         default=Path("demo_data"),
         help="where the demo is kept (default: %(default)s)",
     )
-    g.add_argument(
+    add(
         "--max-audio-s",
         type=float,
         default=30.0,
         help="longer speech is cut, longer pairs left out (%(default)s)",
     )
-    g.add_argument(
+    add(
         "--batch-s",
         type=float,
         help="seconds of unlabelled audio a step, all ranks (default: the size's)",
     )
-    g.add_argument(
+    add(
         "--batch-paired-s",
         type=float,
         help="seconds of transcribed audio a step (default: the size's)",
     )
-    g.add_argument(
-        "--batch-tokens", type=int, help="text tokens a step, all ranks (default: the size's)"
-    )
-    g.add_argument(
-        "--row-tokens", type=int, help="longest text row in tokens (default: the size's)"
-    )
-    g = parser.add_argument_group("model and objectives")
-    g.add_argument(
+    add("--batch-tokens", type=int, help="text tokens a step, all ranks (default: the size's)")
+    add("--row-tokens", type=int, help="longest text row in tokens (default: the size's)")
+    add = parser.add_argument_group("model and objectives").add_argument
+    add(
         "--size",
         choices=SIZES,
         default="tiny",
         help="see SIZES in conformer.py (default: %(default)s)",
     )
-    g.add_argument(
+    add(
         "--modalities",
         default="speech,text",
         help="speech | text | speech,text (default: %(default)s)",
     )
-    g.add_argument(
+    add(
         "--align", help="none | tlm | tlm,stm | tlm,stm,ctc (default: tlm,stm with both modalities)"
     )
-    g.add_argument(
+    add(
         "--speech-objective",
         choices=("w2v-bert", "contrastive"),
         default="w2v-bert",
         help="contrastive: w2v-conformer",
     )
-    g.add_argument(
+    add(
         "--stm-unmasked",
         action="store_true",
         help="matching on clean speech and text (default: masked as for TLM)",
     )
     for part, share in (("speech", data.TLM_SPEECH_MASK), ("text", data.TLM_TEXT_MASK)):
         about = f"share of {part} that TLM masks (default: %(default)s)"
-        g.add_argument(f"--tlm-{part}-mask", type=float, default=share, help=about)
-    g.add_argument(
+        add(f"--tlm-{part}-mask", type=float, default=share, help=about)
+    add(
         "--out-dir",
         type=Path,
         default=Path("runs/demo"),
@@ -845,69 +779,62 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+# Flags whose default is the size's, and those that must be 1 or more.
+FLAGS_OF_SIZE = (
+    "max_steps", "lr", "warmup_steps", "grad_clip",
+    "batch_s", "batch_paired_s", "batch_tokens", "row_tokens",
+)  # fmt: skip
+FLAGS_FROM_1 = (
+    "max_steps", "micro_batches", "log_every", "save_every", "keep_last", "max_bad_steps",
+    "batch_tokens",
+)  # fmt: skip
+
+
 def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
-    """Fill in what depends on the size, on the ranks and on other flags. Raises ValueError for what
-    cannot be.
+    """Fill in what depends on the size, on the ranks and on other flags.
+
+    Raises: ValueError for what cannot be.
     """
     size = sized(args.size)
-    for name in (
-        "max_steps",
-        "lr",
-        "warmup_steps",
-        "grad_clip",
-        "batch_s",
-        "batch_paired_s",
-        "batch_tokens",
-        "row_tokens",
-    ):
+    for name in FLAGS_OF_SIZE:
         if getattr(args, name) is None:
             setattr(args, name, getattr(size, name))
-    for name in (
-        "max_steps",
-        "micro_batches",
-        "log_every",
-        "save_every",
-        "keep_last",
-        "max_bad_steps",
-        "batch_tokens",
-    ):
+    for name in FLAGS_FROM_1:
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1"
-            )
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{flag}: must be at least 1")
     modalities = tuple(args.modalities.split(","))
     both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
     align = args.align or ("tlm,stm" if both else "none")
     align = () if align == "none" else tuple(align.split(","))
     objectives = Objectives(modalities, align, args.speech_objective, args.stm_unmasked)
-    for flag in ("tlm_speech_mask", "tlm_text_mask"):
-        if not 0 < getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a share between 0 and 1")
+    for name in ("tlm_speech_mask", "tlm_text_mask"):
+        if not 0 < getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{flag}: expected a share between 0 and 1")
     args.dtype = training.resolve_dtype(args.dtype, ranks.device)
-    args.loss_weights = {"diversity": DIVERSITY_WEIGHT} | training.parse_weights(
-        args.loss_weights, objectives.names
-    )
+    weights = training.parse_weights(args.loss_weights, objectives.names)
+    args.loss_weights = {"diversity": DIVERSITY_WEIGHT} | weights
     return objectives
 
 
 def resolve_micro_batches(
     args: argparse.Namespace, ranks: Ranks, checkpoint: dict[str, Any] | None
 ) -> None:
-    """A: as given, else as the resumed run had it, else one a rank. It must be a multiple of the
-    number of ranks.
+    """A: as given, else as the resumed run had it, else one a rank.
+
+    It must be a multiple of the number of ranks.
     """
     stored = checkpoint["args"]["micro_batches"] if checkpoint else None
     args.micro_batches = args.micro_batches or stored or ranks.world_size
     if stored and stored != args.micro_batches:
         raise ValueError(
-            f"--micro-batches {args.micro_batches}: the run to resume has {stored}, which its "
-            "batch plan depends on"
+            f"--micro-batches {args.micro_batches}: the run to resume has {stored}, "
+            "which its batch plan depends on"
         )
     if args.micro_batches % ranks.world_size:
-        raise ValueError(
-            f"--micro-batches {args.micro_batches} must be a multiple of the {ranks.world_size} "
-            "ranks"
-        )
+        several = f"a multiple of the {ranks.world_size} ranks"
+        raise ValueError(f"--micro-batches {args.micro_batches} must be {several}")
 
 
 def describe(
@@ -917,19 +844,23 @@ def describe(
     streams = [f"{args.batch_s:g} s of speech"] if "speech" in model.encoder.modalities else []
     streams += [f"{args.batch_tokens} text tokens"] if "text" in model.encoder.modalities else []
     streams += [f"{args.batch_paired_s:g} s of pairs"] if model.objectives_of_run.align else []
-    return "\n".join([
-        f"size {args.size}: parameters", parameter_table(model), "loss at chance", chance_table(model),
-        f"a step: {', '.join(streams)}, in {args.micro_batches} micro-batches; {args.max_steps} "
-        f"steps, {args.dtype}",
-        plan_table(plans) if plans else "  no data given and --dry-run: the demo is not made, so there is no plan to show",
-    ])  # fmt: skip
+    no_plan = "no data given and --dry-run: the demo is not made, so there is no plan to show"
+    lines = [f"size {args.size}: parameters", parameter_table(model)]
+    lines += ["loss at chance", chance_table(model)]
+    lines.append(
+        f"a step: {', '.join(streams)}, in {args.micro_batches} micro-batches; "
+        f"{args.max_steps} steps, {args.dtype}"
+    )
+    lines.append(plan_table(plans) if plans else f"  {no_plan}")
+    return "\n".join(lines)
 
 
 def find_start(
     args: argparse.Namespace,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
-    """(checkpoint to resume, checkpoint to initialise from, its path). A run found in --out-dir
-    wins over both flags.
+    """(checkpoint to resume, checkpoint to initialise from, its path).
+
+    A run found in --out-dir wins over both flags.
     """
     resumed = args.out_dir if (args.out_dir / "ckpt" / "latest").exists() else args.resume
     path = resumed or args.init
@@ -937,22 +868,19 @@ def find_start(
         return None, None, None
     path = training.find_checkpoint(path)
     checkpoint = training.load_checkpoint(path)
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"model", "config", "run", "args", "carried"} <= checkpoint.keys()
-    ):
-        raise ValueError(
-            f"{path}: is not a checkpoint of pretrain.py: it lacks model, config, run, args or "
-            "carried"
-        )
+    parts = {"model", "config", "run", "args", "carried"}
+    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
+        missing = "it lacks model, config, run, args or carried"
+        raise ValueError(f"{path}: is not a checkpoint of pretrain.py: {missing}")
     return (checkpoint, None, path) if resumed else (None, checkpoint, path)
 
 
 def find_tokenizer(
     args: argparse.Namespace, objectives: Objectives, checkpoint: dict[str, Any] | None
 ) -> data.Tokenizer | None:
-    """The checkpoint's tokenizer, or --tokenizer; None when neither is there. Raises ValueError
-    when they differ.
+    """The checkpoint's tokenizer, or --tokenizer; None when neither is there.
+
+    Raises: ValueError when they differ.
     """
     stored = checkpoint.get("tokenizer") if checkpoint else None
     kept = data.Tokenizer(bytes(stored.tolist())) if stored is not None else None
@@ -964,8 +892,8 @@ def find_tokenizer(
         )
     if "text" in objectives.modalities and not (kept or given):
         raise ValueError(
-            "--tokenizer is missing: make one with `python data.py tokenizer --text ... --out "
-            "tokenizer.model`"
+            "--tokenizer is missing: make one with "
+            "`python data.py tokenizer --text ... --out tokenizer.model`"
         )
     return kept or given
 
@@ -1003,8 +931,9 @@ class Run:
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
-    """From the command line to a run that can start; None when there is nothing to run (--dry-run,
-    or it is done).
+    """From the command line to a run that can start.
+
+    Returns: None when there is nothing to run (--dry-run, or it is done).
     """
     objectives = resolve(args, ranks)
     resumed, initial, path = find_start(args)
@@ -1017,9 +946,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
     if not any(given):
         demo_paths(args, ranks)
     tokenizer = find_tokenizer(args, objectives, resumed or initial)
-    config = sized(
-        args.size, vocab_size=tokenizer.vocab_size if tokenizer else sized(args.size).vocab_size
-    )
+    config = sized(args.size)
+    if tokenizer:
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     for turn in (True, False):  # local rank 0 first: it writes the token cache that the others find
         if turn == (ranks.local_rank == 0):
             rows, dev_rows = (load_rows(args, objectives, tokenizer, dev) for dev in (False, True))
@@ -1034,14 +963,13 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
             ranks.log(f"{name}: {n} rows left out: {reason}")
         if getattr(its, "widened", 0):
             ranks.log(
-                f"{name}: {its.widened} rows have no other transcript within 10% of their "
-                "length; wider ones are drawn"
+                f"{name}: {its.widened} rows have no other transcript within 10% of their length; "
+                "wider ones are drawn"
             )
 
     torch.manual_seed(args.seed)
-    model = SlamPretraining(config, objectives).to(
-        ranks.device, torch.float64 if args.dtype == "fp64" else torch.float32
-    )
+    dtype = torch.float64 if args.dtype == "fp64" else torch.float32
+    model = SlamPretraining(config, objectives).to(ranks.device, dtype)
     if "text" in rows:
         model.unigram.copy_(unigram_of(rows, config.vocab_size))
     identity, start_step, carried = fingerprint(args, config, objectives, rows), 0, {}
@@ -1050,8 +978,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         start_step, carried = resumed["step"], resumed["carried"]
         if start_step >= args.max_steps:
             ranks.log(
-                f"{path}: this run has made its {args.max_steps} steps; raise --max-steps, or "
-                "choose another --out-dir"
+                f"{path}: this run has made its {args.max_steps} steps; "
+                "raise --max-steps, or choose another --out-dir"
             )
             return None
         model.load_state_dict(resumed["model"])
@@ -1062,25 +990,15 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         mean, std = data.feature_statistics(rows["speech"].manifest, seed=args.seed)
         model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
         model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
-    optimizer = training.make_optimizer(
-        model, args.weight_decay, dict.fromkeys(TARGET_PARTS, config.target_lr_scale)
-    )
+    lr_scales = dict.fromkeys(TARGET_PARTS, config.target_lr_scale)
+    optimizer = training.make_optimizer(model, args.weight_decay, lr_scales)
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
     training.make_fast(model, args.fast, ranks.device)
     return Run(
-        args,
-        ranks,
-        model,
-        optimizer,
-        rows,
-        dev_rows,
-        plans,
-        tokenizer,
-        identity,
-        start_step,
-        carried,
-    )
+        args, ranks, model, optimizer, rows, dev_rows, plans, tokenizer,
+        identity, start_step, carried,
+    )  # fmt: skip
 
 
 def follow(run: Run) -> bool:
@@ -1122,20 +1040,11 @@ def follow(run: Run) -> bool:
     dataset = data.PretrainData(**{name: (run.rows[name], run.plans[name]) for name in run.rows})
     own = range(ranks.rank, args.micro_batches, ranks.world_size)
     order = ((step, k) for step in range(run.start_step, args.max_steps) for k in own)
-    batches = iter(
-        DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers)
-    )
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers)
     finished = training.train(
-        model,
-        batches,
-        args,
-        ranks,
-        run.start_step,
-        optimizer=run.optimizer,
-        on_log=on_log,
-        on_save=run.save,
-        on_eval=on_eval,
-    )
+        model, iter(loader), args, ranks, run.start_step,
+        optimizer=run.optimizer, on_log=on_log, on_save=run.save, on_eval=on_eval,
+    )  # fmt: skip
     if finished and ranks.rank == 0:
         ranks.log(f"curves: {draw_curves(args.out_dir, model.objectives)}")
     return finished
@@ -1150,9 +1059,8 @@ def main(argv: list[str] | None = None) -> None:
         if run is not None:
             ranks.log(describe(run.model, run.plans, args))
             if not follow(run):
-                raise SystemExit(
-                    128 + signal.SIGTERM
-                )  # as if the signal had ended it, so that scripts do not go on
+                # As if the signal had ended it, so that scripts do not go on.
+                raise SystemExit(128 + signal.SIGTERM)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,11 +1,10 @@
-"""Targets for the speech objectives: a Gumbel-softmax codebook, and the codebook-free linear of
-w2v-conformer.
+"""Targets for the speech objectives: a Gumbel-softmax codebook, and w2v-conformer's linear.
 
-wav2vec 2.0 section 2 and w2v-BERT section 3.1.2. The quantizer reads *unmasked*
-convolution features at the masked frames and answers twice: with a code vector that the contrastive
-loss compares contexts with, and with an id that masked code prediction has to name.
+wav2vec 2.0 section 2 and w2v-BERT section 3.1.2. The quantizer reads *unmasked* convolution
+features at the masked frames and answers twice: with a code vector that the contrastive loss
+compares contexts with, and with an id that masked code prediction has to name.
 
-Public: GumbelQuantizer, Quantized, LinearTarget.
+Public:  GumbelQuantizer, Quantized, LinearTarget.
 Letters: M masked frames, C features, G codebooks, V entries in each.
 """
 
@@ -23,9 +22,8 @@ class Quantized(NamedTuple):
 
     # (M, code_dim) float32: one codebook row a group, concatenated; gradient reaches the logits
     vectors: Tensor
-    ids: (
-        Tensor  # (M, G) int64: noise-free argmax, the target of masked code prediction; no gradient
-    )
+    # (M, G) int64: noise-free argmax, the target of masked code prediction; no gradient
+    ids: Tensor
     # (M, G) int64: the entries that `vectors` holds; with noise in training, equal to ids in eval
     drawn: Tensor
     # () float32 with gradient, 1..V for each group, summed over groups: for the diversity loss
@@ -51,8 +49,11 @@ class GumbelQuantizer(nn.Module):
         temperature: tuple[float, float, float],
         codebook_init: str = "uniform",
     ) -> None:
-        """Args: dim C; temperature (start, factor per step, floor); codebook_init "uniform" U(0, 1)
-        or "normal" N(0, 1).
+        """Make the codebooks.
+
+        Args: dim            C.
+              temperature    (start, factor per step, floor).
+              codebook_init  "uniform" U(0, 1) or "normal" N(0, 1).
         """
         super().__init__()
         self.n_codebooks, self.n_codes = n_codebooks, n_codes
@@ -111,18 +112,19 @@ class GumbelQuantizer(nn.Module):
 
 
 def perplexity(probabilities: Tensor) -> Tensor:
-    """exp(entropy) over the last dimension: (..., V) -> (...). 1 when one entry has it all, V when
-    all are equal.
+    """exp(entropy) over the last dimension: (..., V) -> (...).
+
+    1 when one entry has it all, V when all are equal.
     """
-    tiny = torch.finfo(
-        probabilities.dtype
-    ).tiny  # a probability of exactly 0 would have an infinite gradient
+    # A probability of exactly 0 would have an infinite gradient.
+    tiny = torch.finfo(probabilities.dtype).tiny
     return torch.exp(-(probabilities * probabilities.clamp_min(tiny).log()).sum(-1))
 
 
 class LinearTarget(nn.Module):
-    """The contrastive target of "w2v-conformer": a linear of the unmasked features, no codebook
-    (METHOD 4).
+    """The contrastive target of "w2v-conformer": a linear of the unmasked features, no codebook.
+
+    Zhang et al. 2020 (arXiv 2010.10504): wav2vec 2.0's loss, a linear layer for the quantizer.
     """
 
     def __init__(self, dim: int, code_dim: int) -> None:

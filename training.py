@@ -1,9 +1,9 @@
-"""Plumbing that every entry point shares: ranks, randomness, schedule, optimiser, the step loop,
-checkpoints, logs.
+"""Plumbing that every entry point shares.
+
+Ranks, randomness, schedule, optimiser, the step loop, checkpoints, logs.
 
 No objective and no data format lives here. A model is anything whose `forward(batch)` returns
-{name: Loss} and statistics, and whose `counts(batch)` says beforehand what each loss is divided by;
-DECISIONS 1 to 6 rule the arithmetic.
+{name: Loss} and statistics, and whose `counts(batch)` says beforehand what each loss is divided by.
 
 One optimiser step is A micro-batches (`--micro-batches`), numbered k = 0..A-1 over all ranks. Rank
 r of W runs k = r, r+W, ...; a single process runs them all. So W ranks and one process with the
@@ -48,8 +48,7 @@ CHANCE_ALARM = 0.01  # a loss within this share of its chance level has learned 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among the W that torchrun started; (0, 0, 1) when it was started alone.
-    """
+    """Who this process is among the W that torchrun started; (0, 0, 1) when started alone."""
 
     rank: int
     local_rank: int
@@ -82,8 +81,7 @@ class Ranks:
 
 
 def setup_ranks() -> Ranks:
-    """Join torchrun's process group (NCCL on CUDA, gloo on CPU), or run alone when RANK is not set.
-    """
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU), or run alone without RANK."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -108,23 +106,22 @@ def leave_ranks(ranks: Ranks) -> None:
 
 
 def seed_micro_batch(seed: int, step: int, k: int) -> None:
-    """Set torch's global seed from (seed, step, k): dropout, Gumbel noise, mask fill and negatives
-    follow from it.
+    """Set torch's global seed from (seed, step, k).
 
-    So no generator state is ever saved, and a micro-batch draws the same numbers on whichever rank
-    it runs.
+    Dropout, Gumbel noise, mask fill and negatives follow from it. So no generator state is ever
+    saved, and a micro-batch draws the same numbers on whichever rank it runs.
     """
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, step, k]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    state = np.random.SeedSequence([seed, step, k]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
 
 
 # ---------------------------------------------------------------------------------------- optimiser
 
 
 def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
-    """Learning rate of a 0-based step: linear warm-up to `peak`, then peak x sqrt(warmup / step)
-    (Transformer schedule).
+    """Learning rate of a 0-based step, by the Transformer schedule (Vaswani et al. 2017, 5.3).
+
+    Linear warm-up to `peak`, then peak x sqrt(warmup / step).
     """
     step += 1
     warmup_steps = max(warmup_steps, 1)
@@ -134,8 +131,9 @@ def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
 def make_optimizer(
     model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: biases, norms and scalars have one dimension (DECISIONS
-    6).
+    """AdamW with decay on matrices only: biases, norms and scalars have one dimension.
+
+    UNSPECIFIED IN PAPER: betas and eps, here those of the Conformer paper (section 3.2).
 
     Args: lr_scales {prefix of parameter names: learning rate relative to --lr}; other parameters
           have 1. With Adam this is what scaling a gradient would be with SGD: Adam divides a
@@ -144,13 +142,13 @@ def make_optimizer(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         scale = next((s for prefix, s in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
-        groups.setdefault((scale, weight_decay if parameter.dim() >= 2 else 0.0), []).append(
-            parameter
-        )
-    return torch.optim.AdamW(
-        [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
-        lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True,
-    )  # fmt: skip
+        decay = weight_decay if parameter.dim() >= 2 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    options = [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
 def optimizer_step(
@@ -192,8 +190,9 @@ def loss_scales(
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop at the next step boundary; a second SIGINT interrupts at
-    once.
+    """SIGTERM and SIGINT ask for a stop at the next step boundary.
+
+    A second SIGINT interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -227,8 +226,9 @@ class Sums:
         self.values[key] = self.values[key] + value if key in self.values else value
 
     def reduced(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Summed over ranks, on the CPU, with one all-reduce. A rank that added nothing under a key
-        counts as zero.
+        """Summed over ranks, on the CPU, with one all-reduce.
+
+        A rank that added nothing under a key counts as zero.
         """
         shapes = {key: tuple(value.shape) for key, value in self.values.items()}
         if ranks.world_size > 1:
@@ -239,37 +239,31 @@ class Sums:
             return {}
         keys = sorted(shapes)
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        flat = ranks.sum(
-            torch.cat([self.values.get(key, zero.expand(shapes[key])).reshape(-1) for key in keys])
-        ).cpu()
+        own = [self.values.get(key, zero.expand(shapes[key])).reshape(-1) for key in keys]
+        flat = ranks.sum(torch.cat(own)).cpu()
         parts = flat.split([math.prod(shapes[key]) for key in keys])
         return {key: part.view(shapes[key]) for key, part in zip(keys, parts)}
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Sums -> what is logged: loss/x, acc/x, chance/x (accuracy of a blind guess), chance_loss/x,
-    count/x, ppl/code...
+    """Sums -> what is logged.
 
-    A loss whose count is 0 is left out: there is no number to print.
+    loss/x, acc/x, chance/x (accuracy of a blind guess), chance_loss/x, count/x, ppl/code... A loss
+    whose count is 0 is left out: there is no number to print.
     """
+    labels = {"sum": "loss", "correct": "acc", "chance": "chance", "chance_sum": "chance_loss"}
     out: dict[str, float] = {}
     for key in [k for k in sums if k.startswith("count/")]:
         name, count = key[len("count/") :], float(sums[key])
         out[key] = count
         if count == 0:
             continue
-        for field, label in (
-            ("sum", "loss"),
-            ("correct", "acc"),
-            ("chance", "chance"),
-            ("chance_sum", "chance_loss"),
-        ):
+        for field, label in labels.items():
             if f"{field}/{name}" in sums:
                 out[f"{label}/{name}"] = float(sums[f"{field}/{name}"]) / count
     if "code_counts" in sums:
-        share = sums["code_counts"] / sums["code_counts"].sum(-1, keepdim=True).clamp(
-            min=1
-        )  # (G, V)
+        counts = sums["code_counts"]  # (G, V)
+        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
         perplexity = torch.exp(-torch.xlogy(share, share).sum(-1))  # (G,)
         out["ppl/code"] = float(perplexity.mean())
         out["codes_used"] = float((share > 0).double().mean())
@@ -280,29 +274,39 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
     """bf16 autocast, or nothing for fp32 and fp64."""
-    return (
-        torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
-    )
+    if dtype == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def train(
-    model: nn.Module, micro_batches: Iterator[Any], args: argparse.Namespace, ranks: Ranks, start_step: int,
-    *, optimizer: torch.optim.Optimizer, on_log: Callable, on_save: Callable, on_eval: Callable | None = None,
-) -> bool:  # fmt: skip
+    model: nn.Module,
+    micro_batches: Iterator[Any],
+    args: argparse.Namespace,
+    ranks: Ranks,
+    start_step: int,
+    *,
+    optimizer: torch.optim.Optimizer,
+    on_log: Callable[[int, dict[str, float]], None],
+    on_save: Callable[[int], None],
+    on_eval: Callable[[int], None] | None = None,
+) -> bool:
     """The loop: from `start_step` to args.max_steps, one optimiser step at a time.
 
     Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `counts(batch)` ->
-             {name: number} in the order of `objectives`; `step_done()`, called after each step.
-             micro_batches  this rank's batches in plan order: A/W of them a step. on_log(step,
-             metrics), on_save(step), on_eval(step): called on every rank, after the step.
+                            {name: number} in the order of `objectives`; `step_done()`, called after
+                            each step.
+             micro_batches  this rank's batches in plan order: A/W of them a step.
+             on_log(step, metrics), on_save(step), on_eval(step): called on every rank, after the
+                            step.
     Returns: True at args.max_steps, False when a signal stopped it (on_save has been called).
     Raises:  FloatingPointError after args.max_bad_steps steps in a row with non-finite gradients,
              on all ranks alike.
     """
     stop, parameters = StopSignal(), [p for p in model.parameters() if p.requires_grad]
-    replicas = (
-        DistributedDataParallel(model, broadcast_buffers=False) if ranks.world_size > 1 else model
-    )
+    replicas = model
+    if ranks.world_size > 1:
+        replicas = DistributedDataParallel(model, forward_sync_buffers=False)
     local = range(ranks.rank, args.micro_batches, ranks.world_size)
     sums, window_start, window_steps, data_wait = Sums(), time.perf_counter(), 0, 0.0
     bad_steps = skipped_total = torch.zeros((), device=ranks.device)
@@ -314,14 +318,12 @@ def train(
 
         # One small all-reduce: the step's loss counts and whether anybody was told to stop.
         own = [sum(counts) for counts in zip(*(model.counts(batch).values() for batch in batches))]
-        total = ranks.sum(
-            torch.tensor([*own, float(bool(stop.received))], dtype=torch.float64)
-        ).tolist()
+        own.append(float(bool(stop.received)))
+        total = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         if total[-1]:
             on_save(step)
-            ranks.log(
-                f"stopped by a signal: {step} steps are saved, the same command goes on from there"
-            )
+            advice = "the same command goes on from there"
+            ranks.log(f"stopped by a signal: {step} steps are saved, {advice}")
             return False
         counts = {
             n: torch.tensor(c, dtype=torch.float64, device=ranks.device)
@@ -353,25 +355,18 @@ def train(
         if done % args.log_every == 0 or done == args.max_steps:
             metrics = means(sums.reduced(ranks))
             elapsed = time.perf_counter() - window_start
-            metrics["loss"] = sum(
-                args.loss_weights.get(n, 1.0) * metrics.get(f"loss/{n}", 0.0)
-                for n in model.objectives
-            )
-            metrics |= {
-                "lr": lr,
-                "grad_norm": float(grad_norm),
-                "skipped_steps": float(skipped_total),
-            }
-            metrics |= {
-                "step_ms": 1e3 * elapsed / window_steps,
-                "data_wait_ms": 1e3 * data_wait / window_steps,
-            }
+            weight = {name: args.loss_weights.get(name, 1.0) for name in model.objectives}
+            metrics["loss"] = sum(w * metrics.get(f"loss/{n}", 0.0) for n, w in weight.items())
+            metrics |= {"lr": lr, "grad_norm": float(grad_norm)}
+            metrics["skipped_steps"] = float(skipped_total)
+            metrics["step_ms"] = 1e3 * elapsed / window_steps
+            metrics["data_wait_ms"] = 1e3 * data_wait / window_steps
             on_log(done, metrics)
             if float(bad_steps) >= args.max_bad_steps:
                 raise FloatingPointError(
-                    f"gradients were not finite for {int(bad_steps)} steps in a row up to step "
-                    f"{done}: "
-                    "lower --lr, or try --dtype fp32; the last checkpoint is from before"
+                    f"gradients were not finite for {int(bad_steps)} steps in a row "
+                    f"up to step {done}: lower --lr, or try --dtype fp32; "
+                    "the last checkpoint is from before"
                 )
             sums, window_steps, data_wait = Sums(), 0, 0.0
         due = done == args.max_steps or (args.eval_every and done % args.eval_every == 0)
@@ -389,8 +384,9 @@ def train(
 def evaluate_sums(
     model: nn.Module, batches: Iterable[Any], args: argparse.Namespace, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Sums of every loss over held-out batches, in eval mode; batch i is run by rank i mod W, so
-    nothing counts twice.
+    """Sums of every loss over held-out batches, in eval mode.
+
+    Batch i is run by rank i mod W, so nothing counts twice.
     """
     model.eval()
     sums = Sums()
@@ -406,8 +402,9 @@ def evaluate_sums(
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A .pt file as it is, or a run's folder -> the file that its ckpt/latest names. Raises
-    FileNotFoundError.
+    """A .pt file as it is, or a run's folder -> the file that its ckpt/latest names.
+
+    Raises: FileNotFoundError when there is neither.
     """
     if path.is_file():
         return path
@@ -420,25 +417,23 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain containers on the CPU; nothing in the file is ever run. Raises ValueError,
-    FileNotFoundError.
+    """Tensors and plain containers on the CPU; nothing in the file is ever run.
+
+    Raises: ValueError, FileNotFoundError.
     """
     path = find_checkpoint(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (
-        Exception
-    ) as error:  # torch raises many kinds; each means that this is no checkpoint of ours
+    except Exception as error:  # of many kinds; each means that this is no checkpoint of ours
         raise ValueError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
         ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Write a binary file so that its name holds the whole of it or what it held before, never
-    half.
+    """Write a binary file so that its name holds all of it or what it held before, never half.
 
     A temporary sibling is written, flushed to the disk and renamed; a failed write leaves nothing
     behind.
@@ -456,13 +451,10 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
 
 
 def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_last: int) -> Path:
-    """Write ckpt/step_0001000.pt, then point ckpt/latest at it, then delete all but the newest
-    `keep_last`.
-    """
+    """Write ckpt/step_0001000.pt, point ckpt/latest at it, keep only the newest `keep_last`."""
     path = out_dir / "ckpt" / f"step_{step:07d}.pt"
-    write_atomically(
-        path, lambda file: torch.save(contents | {"step": step, "versions": versions()}, file)
-    )
+    contents = contents | {"step": step, "versions": versions()}
+    write_atomically(path, lambda file: torch.save(contents, file))
     write_atomically(path.parent / "latest", lambda file: file.write(path.name.encode()))
     for leftover in path.parent.glob("*.tmp"):  # of a save that was killed
         leftover.unlink()
@@ -476,10 +468,8 @@ def versions() -> dict[str, str]:
     """What a run should remember about the software it ran on."""
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # its own class, which weights_only would refuse
@@ -492,16 +482,16 @@ def versions() -> dict[str, str]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a line, appended; on resume, lines after the resumed step are
-    dropped first.
+    """metrics.jsonl: one object a line, appended.
+
+    On resume, lines after the resumed step are dropped first.
     """
 
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         self.path = out_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
-        write_atomically(
-            self.path, lambda file: file.writelines((json.dumps(r) + "\n").encode() for r in kept)
-        )
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomically(self.path, lambda file: file.write(text.encode()))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Numbers that are not finite become null, so that every line is JSON."""
@@ -524,13 +514,8 @@ def progress_bar(max_steps: int, start_step: int, ranks: Ranks) -> Callable[[int
     """How a log line is shown: above a bar on a terminal, as a plain line otherwise."""
     if not sys.stderr.isatty():
         return lambda step, line: ranks.log(line)
-    bar = tqdm(
-        total=max_steps,
-        initial=start_step,
-        unit="step",
-        disable=ranks.rank != 0,
-        dynamic_ncols=True,
-    )
+    hidden = ranks.rank != 0
+    bar = tqdm(total=max_steps, initial=start_step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def show(step: int, line: str) -> None:
         bar.update(step - bar.n)
@@ -544,8 +529,7 @@ def progress_bar(max_steps: int, start_step: int, ranks: Ranks) -> Callable[[int
 def check_alarms(
     metrics: dict[str, float], step: int, warmup_steps: int, n_codes: int | None
 ) -> dict[str, str]:
-    """What is going wrong with a run: {short name: sentence for the log}; empty for a healthy one.
-    """
+    """What is going wrong with a run: {short name: sentence for the log}; empty if nothing is."""
     alarms = {}
     for name, value in metrics.items():
         if name.startswith("loss") and not math.isfinite(value):
@@ -576,19 +560,18 @@ def check_alarms(
 
 
 def make_fast(model: nn.Module, mode: str, device: torch.device) -> None:
-    """The one switch for speed: none, torch.compile, or torch.compile with CUDA graphs. Eager stays
-    the truth.
+    """The one switch for speed: none, torch.compile, or torch.compile with CUDA graphs.
 
-    Batches have at most 8 joint shapes (data.py), so static shapes are compiled. Compiled in place:
-    parameter names stay.
+    Eager stays the truth. Batches have at most 8 joint shapes (data.py), so static shapes are
+    compiled. Compiled in place: parameter names stay.
     Raises: ValueError when the machine cannot do it.
     """
     if mode == "none":
         return
     if mode == "graph" and device.type != "cuda":
         raise ValueError(
-            "--fast graph captures CUDA graphs and this machine has no CUDA device: use --fast "
-            "none or compile"
+            "--fast graph captures CUDA graphs and this machine has no CUDA device: "
+            "use --fast none or compile"
         )
     if mode == "compile" and device.type == "cpu" and not _has_cpp_compiler():
         raise ValueError(
@@ -627,84 +610,74 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every training entry point has."""
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--max-steps", type=int, help="optimiser steps in all (default: the size's)")
-    g.add_argument("--lr", type=float, help="peak learning rate (default: the size's)")
-    g.add_argument(
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--max-steps", type=int, help="optimiser steps in all (default: the size's)")
+    add("--lr", type=float, help="peak learning rate (default: the size's)")
+    add(
         "--warmup-steps", type=int, help="steps of linear warm-up to the peak (default: the size's)"
     )
-    g.add_argument(
+    add(
         "--weight-decay",
         type=float,
         default=0.01,
         help="AdamW decay of matrices (default: %(default)s)",
     )
-    g.add_argument("--grad-clip", type=float, help="largest gradient norm (default: the size's)")
-    g.add_argument(
-        "--loss-weights", default="", metavar="NAME=W,...", help="weights other than the method's"
-    )
-    g.add_argument(
+    add("--grad-clip", type=float, help="largest gradient norm (default: the size's)")
+    add("--loss-weights", default="", metavar="NAME=W,...", help="weights other than the method's")
+    add(
         "--micro-batches",
         type=int,
         help="micro-batches a step over all ranks (default: number of ranks)",
     )
-    g.add_argument(
-        "--seed", type=int, default=0, help="of everything random (default: %(default)s)"
-    )
-    g = parser.add_argument_group("runtime")
-    g.add_argument(
+    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add = parser.add_argument_group("runtime").add_argument
+    add(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp64"),
         default="auto",
         help="auto: bf16 on CUDA, else fp32",
     )
-    g.add_argument(
+    add(
         "--fast",
         choices=("none", "compile", "graph"),
         default="none",
         help="fast path (default: %(default)s)",
     )
-    g.add_argument(
-        "--num-workers", type=int, default=0, help="loader processes a rank (default: %(default)s)"
-    )
-    g.add_argument(
+    add("--num-workers", type=int, default=0, help="loader processes a rank (default: %(default)s)")
+    add(
         "--max-bad-steps",
         type=int,
         default=20,
         help="non-finite steps in a row that end the run (%(default)s)",
     )
-    g = parser.add_argument_group("output")
-    g.add_argument(
+    add = parser.add_argument_group("output").add_argument
+    add(
         "--save-every",
         type=int,
         default=1000,
         help="steps between checkpoints (default: %(default)s)",
     )
-    g.add_argument(
-        "--log-every", type=int, default=20, help="steps between log lines (default: %(default)s)"
-    )
-    g.add_argument(
+    add("--log-every", type=int, default=20, help="steps between log lines (default: %(default)s)")
+    add(
         "--eval-every",
         type=int,
         default=0,
         help="steps between held-out evaluations (0: only at the end)",
     )
-    g.add_argument(
-        "--keep-last", type=int, default=2, help="checkpoints kept on disk (default: %(default)s)"
-    )
-    g.add_argument(
+    add("--keep-last", type=int, default=2, help="checkpoints kept on disk (default: %(default)s)")
+    add(
         "--init",
         type=Path,
         metavar="CHECKPOINT",
         help="start from these weights: a .pt file or a run's folder",
     )
-    g.add_argument(
+    add(
         "--resume",
         type=Path,
         metavar="CHECKPOINT",
         help="go on from here; a run found in --out-dir goes on anyway",
     )
-    g.add_argument(
+    add(
         "--dry-run",
         action="store_true",
         help="print parameters, chance levels and batch plan, then exit",

@@ -1,8 +1,8 @@
 """Which of tiny's departures from the paper's values make masked speech learnable in minutes?
 
-Each is put back alone. Speech only, so that no other loss helps. Usage, from the repository's root, with the demo made:
-python experiments/plateau.py [--steps 200] [--only NAME,...]. Prints a table of held-out figures;
-EXPERIMENTS.md has ours.
+Each is put back alone. Speech only, so that no other loss helps. Usage, from the repository's
+root, with the demo made: python experiments/plateau.py [--steps 200] [--only NAME,...]. Prints a
+table of held-out figures; EXPERIMENTS.md has ours.
 """
 
 from __future__ import annotations
