@@ -537,6 +537,11 @@ class SlamEncoder(nn.Module):
                 raise ValueError(f"this encoder was trained with {trained}: no {name}")
         if waveform is None and text is None:
             raise ValueError("nothing to encode: give waveform=, text= or both")
+        if waveform is not None:
+            waveform = torch.as_tensor(waveform)
+            if waveform.dim() != 1 or not waveform.is_floating_point():
+                found = f"{tuple(waveform.shape)} {waveform.dtype}"
+                raise ValueError(f"waveform is {found}; expected (N,) floats in [-1, 1] at 16 kHz")
         device = next(self.parameters()).device
         layers: list[Tensor] = []
         if waveform is not None:

@@ -209,9 +209,8 @@ class BatchPlan:
         # Buckets of one length are one bucket, which keeps its share of the steps.
         longest, merged = np.unique(lengths[np.array(stops) - 1], return_inverse=True)
         self.bucket_len = longest.tolist()
-        self.slot_bucket = np.repeat(
-            merged, N_JOINT // n_buckets
-        )  # (N_JOINT,) joint index to bucket
+        repeats = N_JOINT // n_buckets
+        self.slot_bucket = np.repeat(merged, repeats)  # (N_JOINT,) joint index to bucket
         ends = [stops[np.flatnonzero(merged == b)[-1]] for b in range(len(self.bucket_len))]
         self.rows = [rows.astype(np.int32) for rows in np.split(order, ends[:-1])]
         self.real_units = [int(part.sum()) for part in np.split(lengths, ends[:-1])]
@@ -867,7 +866,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

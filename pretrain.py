@@ -668,7 +668,7 @@ def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
 
     rows = training.read_metrics(out_dir / "metrics.jsonl")
     panels = [name for name in objectives if any(f"loss/{name}" in row for row in rows)]
-    panels.append("ppl/code")
+    panels += ["ppl/code"] if any("ppl/code" in row for row in rows) else []
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     size = (3.4 * columns, 2.6 * lines)
@@ -784,6 +784,9 @@ FLAGS_OF_SIZE = (
     "max_steps", "lr", "warmup_steps", "grad_clip",
     "batch_s", "batch_paired_s", "batch_tokens", "row_tokens",
 )  # fmt: skip
+FEATURE_MEAN = "encoder.speech.feature_mean"  # in a checkpoint: its normalisation was estimated
+FLAGS_ABOVE_0 = ("grad_clip", "batch_s", "batch_paired_s", "max_audio_s")
+FLAGS_FROM_0 = ("lr", "seed", "num_workers", "warmup_steps", "weight_decay", "eval_every")
 FLAGS_FROM_1 = (
     "max_steps", "micro_batches", "log_every", "save_every", "keep_last", "max_bad_steps",
     "batch_tokens",
@@ -799,10 +802,15 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
     for name in FLAGS_OF_SIZE:
         if getattr(args, name) is None:
             setattr(args, name, getattr(size, name))
-    for name in FLAGS_FROM_1:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ValueError(f"{flag}: must be at least 1")
+    for names, fits, expected in (
+        (FLAGS_FROM_1, lambda value: value >= 1, "must be at least 1"),
+        (FLAGS_FROM_0, lambda value: value >= 0, "must not be negative"),
+        (FLAGS_ABOVE_0, lambda value: 0 < value < math.inf, "must be above 0"),
+    ):
+        for name in names:
+            if getattr(args, name) is not None and not fits(getattr(args, name)):
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise ValueError(f"{flag}: {expected}")
     modalities = tuple(args.modalities.split(","))
     both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
     align = args.align or ("tlm,stm" if both else "none")
@@ -986,7 +994,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         ranks.log(f"resumed {path} at step {start_step}")
     elif initial:
         carried = initialise(model, initial, ranks)
-    elif "speech" in objectives.modalities:
+    normalised = initial and FEATURE_MEAN in initial["carried"] | initial["model"]
+    if "speech" in objectives.modalities and not (resumed or normalised):
         mean, std = data.feature_statistics(rows["speech"].manifest, seed=args.seed)
         model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
         model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
@@ -1040,7 +1049,10 @@ def follow(run: Run) -> bool:
     dataset = data.PretrainData(**{name: (run.rows[name], run.plans[name]) for name in run.rows})
     own = range(ranks.rank, args.micro_batches, ranks.world_size)
     order = ((step, k) for step in range(run.start_step, args.max_steps) for k in own)
-    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=args.num_workers)
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=order, num_workers=args.num_workers,
+        worker_init_fn=training.leave_signals_to_the_loop,
+    )  # fmt: skip
     finished = training.train(
         model, iter(loader), args, ranks, run.start_step,
         optimizer=run.optimizer, on_log=on_log, on_save=run.save, on_eval=on_eval,
@@ -1061,8 +1073,10 @@ def main(argv: list[str] | None = None) -> None:
             if not follow(run):
                 # As if the signal had ended it, so that scripts do not go on.
                 raise SystemExit(128 + signal.SIGTERM)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # An error of a loader process arrives with that process's traceback before the one line.
+        last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        print(f"error: {last_line}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         training.leave_ranks(ranks)

@@ -206,6 +206,12 @@ class StopSignal:
         self.received = number
 
 
+def leave_signals_to_the_loop(worker: int) -> None:
+    """In a loader process: a terminal signals the whole group, but only the loop may stop a run."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Sums:
     """Running sums of losses and statistics since the last log line, kept on the device."""
 
@@ -231,10 +237,7 @@ class Sums:
         A rank that added nothing under a key counts as zero.
         """
         shapes = {key: tuple(value.shape) for key, value in self.values.items()}
-        if ranks.world_size > 1:
-            of_ranks: list[dict[str, tuple[int, ...]]] = [{}] * ranks.world_size
-            dist.all_gather_object(of_ranks, shapes)
-            shapes = {key: shape for its in of_ranks for key, shape in its.items()}
+        shapes = ranks.union(shapes)
         if not shapes:
             return {}
         keys = sorted(shapes)
@@ -594,6 +597,8 @@ def parse_weights(text: str, known: Iterable[str]) -> dict[str, float]:
         name, _, value = part.partition("=")
         try:
             weights[name] = float(value)
+            if not math.isfinite(weights[name]):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--loss-weights {part}: expected name=number") from None
         if name not in known:

@@ -621,6 +621,41 @@ def test_stages_carry_weights_and_the_temperature_but_no_optimiser_state(corpus,
     assert len(three["optimizer"]["state"]) == n_trained
 
 
+def test_speech_after_text_alone_is_normalised_by_its_own_audio(corpus, micro, tmp_path):
+    """The text stage has no statistics to carry, so they must be estimated, not left at 0 and 1."""
+    run_here(options(corpus, tmp_path / "text", "--modalities", "text", "--max-steps", 1))
+    stage = ("--modalities", "speech", "--max-steps", 1)
+    run_here(options(corpus, tmp_path / "after", *stage, "--init", tmp_path / "text"))
+    run_here(options(corpus, tmp_path / "alone", *stage))
+    after, alone = (training.load_checkpoint(tmp_path / n)["model"] for n in ("after", "alone"))
+    for name in ("encoder.speech.feature_mean", "encoder.speech.feature_std"):
+        assert torch.equal(after[name], alone[name])
+    assert after["encoder.speech.feature_mean"].abs().max() > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_though_loader_processes_get_it_too(
+    corpus, micro_main, tmp_path, number
+):
+    """A terminal's Ctrl-C reaches the workers as well; they must not die under the loop."""
+    many = ("--max-steps", 100_000, "--save-every", 5, "--log-every", 5, "--num-workers", 2)
+    process = start(micro_main, options(corpus, tmp_path / "run", *many))
+    wait_for_step(process, tmp_path / "run", 10)
+    os.killpg(process.pid, number)
+    assert "stopped by a signal" in finish(process, code=143)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--batch-s", 0), ("--grad-clip", -1), ("--seed", -1), ("--loss-weights", "stm=nan")],
+)
+def test_numbers_that_cannot_be_are_refused_by_name(corpus, micro, capsys, tmp_path, flag, value):
+    with pytest.raises(SystemExit):
+        run_here(options(corpus, tmp_path / "run", flag, value))
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {flag}") and printed.count("\n") == 1
+
+
 def test_carried_weights_survive_a_resume(corpus, micro, tmp_path):
     run_here(options(corpus, tmp_path / "joint", "--max-steps", 1))
     command = options(
