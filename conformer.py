@@ -129,12 +129,12 @@ SIZES: dict[str, SlamConfig] = {
     ),
     "small": SlamConfig(
         vocab_size=8_000, speech_layers=4, mm_layers=8, d_model=256, d_ff=1024, n_heads=4,
-        code_dim=256, lr=1.5e-3, warmup_steps=5_000, grad_clip=20.0, max_steps=100_000,
+        code_dim=256, gumbel_decay=0.999975, lr=1.5e-3, warmup_steps=5_000, max_steps=100_000,
         batch_s=800.0, batch_paired_s=100.0, batch_tokens=65_536,
     ),
     "base": SlamConfig(
         speech_layers=4, mm_layers=8, d_model=512, d_ff=2048,
-        code_dim=512, lr=1e-3, warmup_steps=20_000, max_steps=200_000,
+        code_dim=512, gumbel_decay=0.9999875, lr=1e-3, warmup_steps=20_000, max_steps=200_000,
         batch_s=5_000.0, batch_paired_s=600.0, batch_tokens=524_288,
     ),
     "xl": SlamConfig(),

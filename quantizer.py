@@ -88,7 +88,7 @@ class GumbelQuantizer(nn.Module):
         """
         M, G, V = features.shape[0], self.n_codebooks, self.n_codes
         with torch.autocast(features.device.type, enabled=False):
-            # An fp32 island: bf16 noise would choose the codes.
+            # An fp32 island, though the features may come from bf16 convolutions.
             features = features.to(self.codebook.dtype)
             logits = self.logits(self.norm(features)).view(M, G, V)
             ids = logits.argmax(-1)  # (M, G)

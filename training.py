@@ -164,8 +164,7 @@ def optimizer_step(
     """
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     skipped = (~torch.isfinite(norm)).to(torch.float32)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for p in parameters], torch.nan_to_num(scale))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     optimizer.found_inf = skipped
     optimizer.step()
     return norm, skipped
@@ -316,13 +315,13 @@ def train(
     model.train()
     for step in range(start_step, args.max_steps):
         began = time.perf_counter()
-        batches = [next(micro_batches).to(ranks.device) for _ in local]
+        batches = [next(micro_batches) for _ in local]
         data_wait += time.perf_counter() - began
 
         # One small all-reduce: the step's loss counts and whether anybody was told to stop.
         own = [sum(counts) for counts in zip(*(model.counts(batch).values() for batch in batches))]
         own.append(float(bool(stop.received)))
-        total = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        total = ranks.sum(torch.tensor(own, dtype=torch.float64, device=ranks.device)).tolist()
         if total[-1]:
             on_save(step)
             advice = "the same command goes on from there"
@@ -342,7 +341,7 @@ def train(
             last = k == local[-1]
             with contextlib.nullcontext() if last or ranks.world_size == 1 else replicas.no_sync():
                 with autocast(ranks.device, args.dtype):
-                    losses, statistics = replicas(batch)
+                    losses, statistics = replicas(batch.to(ranks.device))
                 objective = sum(
                     loss.sum * scales[name].to(loss.sum.dtype) for name, loss in losses.items()
                 )
@@ -372,12 +371,12 @@ def train(
                     "the last checkpoint is from before"
                 )
             sums, window_steps, data_wait = Sums(), 0, 0.0
+        if done % args.save_every == 0 or done == args.max_steps:
+            on_save(done)
         due = done == args.max_steps or (args.eval_every and done % args.eval_every == 0)
         if on_eval is not None and due:
             on_eval(done)
             model.train()
-        if done % args.save_every == 0 or done == args.max_steps:
-            on_save(done)
         if window_steps == 0:
             window_start = time.perf_counter()  # evaluation and saving are not part of step_ms
     return True
@@ -469,15 +468,16 @@ def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_las
 
 def versions() -> dict[str, str]:
     """What a run should remember about the software it ran on."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # its own class, which weights_only would refuse
         "numpy": np.__version__,
-        "git": git.stdout.strip() or "unknown",
+        "git": git or "unknown",
     }
 
 
