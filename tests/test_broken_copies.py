@@ -169,7 +169,7 @@ FAULTS = {
     # training
     "each rank divides by its own count": Fault(
         "training",
-        "total = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()",
+        "total = ranks.sum(torch.tensor(own, dtype=torch.float64, device=ranks.device)).tolist()",
         "total = own",
         checks.check_two_ranks_equal_one_process,
     ),
