@@ -109,17 +109,14 @@ class SlamConfig:
 
 
 SIZES: dict[str, SlamConfig] = {
-    # The demo's. It has minutes where the paper has days, so it departs from `xl` where a plateau
-    # cost time. Each of these was tried alone on speech, see EXPERIMENTS.md, "The contrastive
-    # plateau":
-    #   target_lr_scale  targets that change every few steps cannot be learned; the other losses
-    #                    drag them along
-    #   codebook_init    U(0, 1) rows point into one octant: their cosines begin at 0.75, a quarter
-    #                    of the range is left
+    # The demo's. It has minutes where the paper has days. Each departure from `xl` was put back
+    # alone, on speech (EXPERIMENTS.md, "The contrastive plateau"); only the first made a difference
+    # beyond noise in 200 steps:
+    #   target_lr_scale  at 1 the codes drift toward few, faster than they are learned
     #   conv_kernel      3 layers of kernel 5 reach 6 frames, less than a masked run; 8 layers of
     #                    the paper reach 16
-    #   dropout          nothing is seen often enough to be learned by heart, and random bits cost
-    #                    18% of a CPU step
+    #   codebook_init    U(0, 1) rows begin with cosines of 0.75: a quarter of the range is left
+    #   dropout          random bits cost 18% of a CPU step, and a run of minutes does not overfit
     "tiny": SlamConfig(
         vocab_size=512, speech_layers=3, mm_layers=3, d_model=128, d_ff=512, n_heads=4,
         conv_kernel=15, dropout=0.0, n_codes=256, code_dim=128, gumbel_decay=0.995, gumbel_end=0.5,
