@@ -50,6 +50,7 @@ from training import Ranks
 
 # UNSPECIFIED IN PAPER: deviation of the noise that replaces masked features, relative to their own.
 MASK_FILL_STD = 0.1
+FEATURE_MEAN = "encoder.speech.feature_mean"  # in a checkpoint: its normalisation was estimated
 DIVERSITY_WEIGHT = 0.1  # w2v-BERT's alpha
 # These decide the targets.
 TARGET_PARTS = ("encoder.speech.subsampling", "quantizer.norm", "quantizer.logits", "linear_target")
@@ -779,12 +780,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# Flags whose default is the size's, and those that must be 1 or more.
+# Flags whose default is the size's; then those that must be above 0, 0 or more, 1 or more.
 FLAGS_OF_SIZE = (
     "max_steps", "lr", "warmup_steps", "grad_clip",
     "batch_s", "batch_paired_s", "batch_tokens", "row_tokens",
 )  # fmt: skip
-FEATURE_MEAN = "encoder.speech.feature_mean"  # in a checkpoint: its normalisation was estimated
 FLAGS_ABOVE_0 = ("grad_clip", "batch_s", "batch_paired_s", "max_audio_s")
 FLAGS_FROM_0 = ("lr", "seed", "num_workers", "warmup_steps", "weight_decay", "eval_every")
 FLAGS_FROM_1 = (

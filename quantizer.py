@@ -72,13 +72,16 @@ class GumbelQuantizer(nn.Module):
         start, factor, floor = self.temperature_schedule
         return (start * factor ** self.step.double()).clamp(min=floor)
 
+    def code_logits(self, features: Tensor) -> Tensor:
+        """(M, C) -> (M, G, V) in the codebook's precision, though C may come from bf16."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.logits(self.norm(features.to(self.codebook.dtype)))
+            return logits.view(-1, self.n_codebooks, self.n_codes)
+
     @torch.no_grad()
     def name(self, features: Tensor) -> Tensor:
         """The ids of M frames and nothing else, (M, C) -> (M, G) int64: noise-free, no gradient."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.codebook.dtype)
-            logits = self.logits(self.norm(features)).view(-1, self.n_codebooks, self.n_codes)
-            return logits.argmax(-1)
+        return self.code_logits(features).argmax(-1)
 
     def forward(self, features: Tensor, weight: Tensor) -> Quantized:
         """Quantize M frames.
@@ -86,11 +89,9 @@ class GumbelQuantizer(nn.Module):
         Args: features (M, C) unmasked convolution features at the masked frames; weight (M,) 1 for
               a frame, 0 for filler.
         """
-        M, G, V = features.shape[0], self.n_codebooks, self.n_codes
+        V = self.n_codes
         with torch.autocast(features.device.type, enabled=False):
-            # An fp32 island, though the features may come from bf16 convolutions.
-            features = features.to(self.codebook.dtype)
-            logits = self.logits(self.norm(features)).view(M, G, V)
+            logits = self.code_logits(features)  # (M, G, V)
             ids = logits.argmax(-1)  # (M, G)
             if self.training:
                 tiny = torch.finfo(logits.dtype).tiny  # an exponential sample may be exactly 0
