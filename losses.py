@@ -13,6 +13,7 @@ Letters: M masked positions, K negatives, D width, G codebooks, V codes or vocab
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,17 +26,20 @@ BLANK_ID = 0  # CTC's blank is the padding id, the one that no transcript contai
 
 
 class Loss(NamedTuple):
-    """Sums over positions, each () float32 (float64 in a float64 run).
+    """Sums over positions, float32 (float64 in a float64 run), () where nothing else is said.
 
-    Divide by `count` to get means.
+    Divide by `count` to get means. The blind guess is a model that has learned nothing but how
+    often each answer is right. Where that is known beforehand its sums stand here; where it is not,
+    as for codes that move, `answers` is summed over the steps of a log line first.
     """
 
     sum: Tensor  # of the loss, with gradient
     count: Tensor  # positions that `sum` runs over
     # how many of them the model's best answer gets right; None: no such question
     correct: Tensor | None = None
-    chance: Tensor | None = None  # how many a blind guess gets right, in expectation
-    chance_sum: Tensor | None = None  # the loss that a blind guess has
+    blind_correct: Tensor | None = None  # how many a blind guess gets right, in expectation
+    blind_sum: Tensor | None = None  # the loss that a blind guess has
+    answers: Tensor | None = None  # (G, V) how often each answer was the right one
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -131,8 +135,9 @@ def diversity(soft_perplexity: Tensor, n_entries: int, weight: Tensor) -> Loss:
 def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
     """Masked prediction of the quantizer's ids, from the top of the multimodal stack.
 
-    w2v-BERT equation 2. Chance is always naming the batch's most frequent id; the chance loss is
-    the entropy of the batch's ids.
+    w2v-BERT equation 2. The blind guess always names the most frequent id, and its loss is the
+    entropy of the ids; both follow from `answers` once they are summed: a single micro-batch holds
+    too few ids to show their entropy.
 
     Args: logits (M, G, V); ids (M, G) int64 without gradient; weight (M,).
           Groups are summed in the loss, averaged in accuracy.
@@ -142,17 +147,9 @@ def code_prediction(logits: Tensor, ids: Tensor, weight: Tensor) -> Loss:
         M, G, V = logits.shape
         nll = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(M, G)
         correct = (logits.argmax(-1) == ids).to(weight.dtype).mean(-1)
-        counts = (F.one_hot(ids, V).to(weight.dtype) * weight[:, None, None]).sum(0)  # (G, V)
-        share = counts / weight.sum().clamp(min=1)
-        entropy = -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(-1)  # (G,)
-        count = weight.sum()
-        return Loss(
-            (nll.sum(1) * weight).sum(),
-            count,
-            (correct * weight).sum(),
-            counts.amax(-1).mean(),
-            count * entropy.sum(),
-        )
+        answers = (F.one_hot(ids, V).to(weight.dtype) * weight[:, None, None]).sum(0)  # (G, V)
+        loss, right = (nll.sum(1) * weight).sum(), (correct * weight).sum()
+        return Loss(loss, weight.sum(), right, answers=answers)
 
 
 # ----------------------------------------------------------------------------------- text and pairs
@@ -184,8 +181,8 @@ def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:
 
     Binary cross-entropy on the joined pair's [CLS] (SLAM 3.3.2).
 
-    Args: match_logit (B,) of joined rows; label (B,) 1 for the true transcript, 0 for another's.
-          A logit of exactly 0 is wrong.
+    Args: match_logit (B,) of joined rows; label (B,) 1 for the true transcript, 0 for another's,
+          as many of the one as of the other. A logit of exactly 0 is wrong.
     """
     with torch.autocast(match_logit.device.type, enabled=False):
         match_logit = _wide(match_logit)
@@ -193,10 +190,7 @@ def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:
         total = F.binary_cross_entropy_with_logits(match_logit, label, reduction="sum")
         count = torch.ones_like(label).sum()
         correct = (match_logit * (2 * label - 1) > 0).to(label.dtype).sum()
-        positive = (label.mean() if label.numel() else count).clamp(0, 1)
-        blind = torch.maximum(positive, 1 - positive) * count
-        entropy = F.binary_cross_entropy(positive, positive) * count
-        return Loss(total, count, correct, blind, entropy)
+        return Loss(total, count, correct, count / 2, count * math.log(2))
 
 
 def ctc(logits: Tensor, speech_lens: Tensor, targets: Tensor, target_lens: Tensor) -> Loss:

@@ -253,7 +253,12 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     loss/x, acc/x, chance/x (accuracy of a blind guess), chance_loss/x, count/x, ppl/code... A loss
     whose count is 0 is left out: there is no number to print.
     """
-    labels = {"sum": "loss", "correct": "acc", "chance": "chance", "chance_sum": "chance_loss"}
+    labels = {
+        "sum": "loss",
+        "correct": "acc",
+        "blind_correct": "chance",
+        "blind_sum": "chance_loss",
+    }
     out: dict[str, float] = {}
     for key in [k for k in sums if k.startswith("count/")]:
         name, count = key[len("count/") :], float(sums[key])
@@ -263,15 +268,23 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
         for field, label in labels.items():
             if f"{field}/{name}" in sums:
                 out[f"{label}/{name}"] = float(sums[f"{field}/{name}"]) / count
+        if f"answers/{name}" in sums:  # always the most frequent one; their entropy
+            share, entropy = _frequencies(sums[f"answers/{name}"])
+            out[f"chance/{name}"] = float(share.amax(-1).mean())
+            out[f"chance_loss/{name}"] = float(entropy.sum())
     if "code_counts" in sums:
-        counts = sums["code_counts"]  # (G, V)
-        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        perplexity = torch.exp(-torch.xlogy(share, share).sum(-1))  # (G,)
-        out["ppl/code"] = float(perplexity.mean())
+        share, entropy = _frequencies(sums["code_counts"])
+        out["ppl/code"] = float(entropy.exp().mean())
         out["codes_used"] = float((share > 0).double().mean())
     if "soft_perplexity" in sums:
         out["ppl/code_soft"] = float(sums["soft_perplexity"] / sums["soft_perplexity_n"])
     return out
+
+
+def _frequencies(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(G, V) counts -> each entry's share of its group (G, V), and the groups' entropies (G,)."""
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return share, -torch.xlogy(share, share).sum(-1)
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:

@@ -311,7 +311,7 @@ def check_equal_codes_are_struck_out(module: ModuleType) -> None:
         context, target, negatives, usable, torch.zeros(4, 1, dtype=torch.int64)
     )
     assert float(collapsed.count) == 0 and float(collapsed.sum) == 0
-    assert float(collapsed.correct) == 0 and float(collapsed.chance) == 0
+    assert float(collapsed.correct) == 0 and float(collapsed.blind_correct) == 0
     # Frame 1 repeats frame 0's code: frame 0 keeps distractor 2 alone.
     target = torch.randn(4, 6)
     target[1] = target[0]
@@ -322,7 +322,7 @@ def check_equal_codes_are_struck_out(module: ModuleType) -> None:
     only = module.contrastive(context, target, negatives, torch.tensor([True, False, False, False]),
                               torch.tensor([[0], [0], [1], [2]]))  # fmt: skip
     assert abs(float(only.sum) - float(cosine.logsumexp(0) - cosine[0])) < 1e-5
-    assert abs(float(kept.chance) - (1 / 2 + 3 * 1 / 3)) < 1e-6
+    assert abs(float(kept.blind_correct) - (1 / 2 + 3 * 1 / 3)) < 1e-6
 
 
 @torch.no_grad()
