@@ -152,6 +152,14 @@ class Manifest:
         line = 1 + buffer.count(b"\n", 0, int(self.start[i]))
         return f"{path}:{line}"
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all rows as they stand in the files: what a resumed run must find again."""
+        digest = hashlib.sha256()
+        for _, buffer in self.files:
+            digest.update(buffer)
+        return digest.hexdigest()[:16]
+
     def filtered(self, keep: np.ndarray) -> Manifest:
         """The rows where keep (n,) bool is True, in order; the bytes are shared."""
         names = ("file", "start", "stop", "durations", "has_text")
@@ -346,6 +354,16 @@ class TextCorpus:
                     raise ValueError(f"{folder}: cannot write the token cache ({error})") from error
             cached.append(path)
         return cls(tuple(cached), dtype, tokenizer.vocab_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of where lines and documents end and of how often each id occurs."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            index = np.load(path.with_suffix(".npz"))
+            for name in ("line_ends", "document_ends", "counts"):
+                digest.update(index[name].tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def counts(self) -> np.ndarray:

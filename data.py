@@ -11,7 +11,7 @@ on (seed, 3, 7) alone, never on the number of workers or ranks, nor on what was 
 run resumes with one integer, the step.
 
 Public:  mask_budget, span_mask, mask_text, row_rng, joint_bucket, BatchPlan, SpeechBatch,
-         TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, PretrainData, dev_batches,
+         TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, PretrainData, HeldOut,
          feature_statistics. Commands: tokenizer, manifest, check (their work is done in
          corpora.py).
 Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
@@ -298,6 +298,12 @@ class BatchPlan:
         padded = sum(len(rows) * longest for rows, longest in zip(self.rows, self.bucket_len))
         return 1 - sum(self.real_units) / padded
 
+    def mean_units(self) -> float:
+        """What a step's rows hold on average, padding not counted."""
+        per_row = np.array(self.real_units) / [len(rows) for rows in self.rows]
+        of_bucket = self.micro_batches * np.array(self.rows_per_micro) * per_row
+        return float(of_bucket[self.slot_bucket].mean())
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_permutations": {}}
 
@@ -473,26 +479,40 @@ def _usable(manifest: Manifest, faults: dict[str, np.ndarray]) -> tuple[np.ndarr
 
 
 class SpeechRows:
-    """Speech alone. Of rows longer than max_audio_s a part is read, another one each epoch.
+    """Speech alone. A row is an utterance, or a part of one that is longer than max_audio_s.
 
-    Attributes: lengths (n,) int64 log-mel frames; left_out, reason to number of rows.
+    An utterance of d seconds is round(d / max_audio_s) rows, so an hour weighs as much in one file
+    as in a thousand. Each row reads max_audio_s from a stretch of its own, in each epoch from
+    another place there.
+
+    Attributes: lengths (n,) int64 log-mel frames; left_out, reason to number of utterances.
     """
 
     def __init__(self, manifest: Manifest, max_audio_s: float, seed: int) -> None:
-        too_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
-        keep, self.left_out = _usable(manifest, {"shorter than two encoder frames": too_short})
-        self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
         most = n_frames(round(max_audio_s * SAMPLE_RATE))
         if subsampled_lens(most) < MIN_ENC_FRAMES:
             raise ValueError(f"--max-audio-s {max_audio_s:g}: need two encoder frames (0.1 s)")
-        self.lengths = np.minimum(_row_frames(self.manifest), most)
+        too_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
+        keep, self.left_out = _usable(manifest, {"shorter than two encoder frames": too_short})
+        self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
+        parts = np.maximum(1, np.rint(self.manifest.durations / max_audio_s)).astype(np.int64)
+        self._utterance = np.repeat(np.arange(len(parts)), parts)  # (n,)
+        self._part = np.arange(len(self._utterance)) - np.repeat(np.cumsum(parts) - parts, parts)
+        self._parts = parts  # of each utterance
+        self.lengths = np.minimum(_row_frames(self.manifest), most)[self._utterance]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
 
     def features(self, row: int, epoch: int) -> Tensor:
         """(F, 80) log-mel of a row as it is in that epoch, F at most lengths[row]."""
-        spare = max(0.0, self.manifest.durations[row] - self.max_audio_s)
-        start = row_rng(self.seed, epoch, row, SPEECH_CROP).uniform(0, spare) if spare else 0.0
-        seconds = min(self.manifest.durations[row], self.max_audio_s)
-        return _read_features(self.manifest, row, start, seconds, self.lengths[row])
+        i = int(self._utterance[row])
+        seconds = min(self.manifest.durations[i], self.max_audio_s)
+        stretch = (self.manifest.durations[i] - seconds) / self._parts[i]  # a row may begin in it
+        shift = row_rng(self.seed, epoch, row, SPEECH_CROP).random() if stretch else 0.0
+        start = (self._part[row] + shift) * stretch
+        return _read_features(self.manifest, i, start, seconds, self.lengths[row])
 
     def collate(self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int) -> SpeechBatch:
         features = [self.features(row, epoch) for row, epoch in zip(rows, epochs)]
@@ -557,6 +577,10 @@ class TextRows:
 
     def __len__(self) -> int:
         return len(self.start)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint
 
     def _map(self, file: int) -> np.ndarray:
         if file not in self._maps:
@@ -657,6 +681,10 @@ class PairRows:
             windows[j] = first, last, 1 + ordered[last - 1]
         self._first, self._last, self.text_room = windows[of_size].T.copy()
 
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
     def stm_negative(self, rng: np.random.Generator, i: int) -> int:
         """A row whose transcript differs from row i's and is about as long."""
         while True:
@@ -737,33 +765,49 @@ class PretrainData(Dataset):
         return Batch(**streams)
 
 
-def dev_batches(
-    speech: SpeechRows | None = None,
-    text: TextRows | None = None,
-    pairs: PairRows | None = None,
-    *,
-    speech_units: int,
-    text_units: int,
-) -> Iterator[Batch]:
-    """Every held-out row once, in order of length, as in epoch 0: the same batches at every call.
+class HeldOut(Dataset):
+    """Every held-out row once, in order of length, as in epoch 0: the same batches at every pass.
 
-    Args:  speech_units  log-mel frames of a batch of speech or pairs, padding counted.
-           text_units    tokens of a batch of text, padding counted.
-    Yields batches of one stream each.
+    Batches hold one stream each. They are read when they are asked for, so ranks that share a pass
+    each read their own.
+
+    Args: rows      {"speech": SpeechRows, "text": TextRows, "pairs": PairRows}, any of them.
+          units     by stream, the size of a batch, padding counted: log-mel frames or tokens. Rows
+                    that are longer are alone.
+          at_least  batches of fewer rows are left out.
+          change    applied to each batch, for probes.
     """
-    for name, rows in (("speech", speech), ("text", text), ("pairs", pairs)):
-        if rows is None:
-            continue
-        units = text_units if name == "text" else speech_units
-        order, start = np.argsort(rows.lengths, kind="stable"), 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * rows.lengths[order[stop]] <= units:
-                stop += 1
-            chosen = order[start:stop]
-            longest = int(rows.lengths[chosen[-1]])
-            yield Batch(**{name: rows.collate(chosen, np.zeros_like(chosen), longest)})
-            start = stop
+
+    def __init__(
+        self,
+        rows: dict[str, Any],
+        units: dict[str, int],
+        *,
+        at_least: int = 1,
+        change: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
+        self.rows, self.change = rows, change
+        self.chosen: list[tuple[str, np.ndarray]] = []  # of each batch: stream and rows (B,)
+        for name, its in rows.items():
+            order, start = np.argsort(its.lengths, kind="stable"), 0
+            while start < len(order):
+                stop = start + 1
+                while (
+                    stop < len(order)
+                    and (stop + 1 - start) * its.lengths[order[stop]] <= units[name]
+                ):
+                    stop += 1
+                if stop - start >= at_least:
+                    self.chosen.append((name, order[start:stop]))
+                start = stop
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> Batch:
+        name, chosen = self.chosen[i]  # IndexError past the end: so a pass is a plain for loop
+        its, epochs = self.rows[name], np.zeros_like(chosen)
+        return self.change(Batch(**{name: its.collate(chosen, epochs, int(its.lengths[chosen[-1]]))}))
 
 
 def feature_statistics(

@@ -23,7 +23,6 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ class Objectives:
             )
 
     @property
-    def names(self) -> list[str]:
+    def loss_names(self) -> list[str]:
         """The losses of the run, in a fixed order."""
         names = []
         if "speech" in self.modalities:
@@ -116,7 +115,7 @@ class SlamPretraining(nn.Module):
 
     def __init__(self, config: SlamConfig, objectives: Objectives) -> None:
         super().__init__()
-        self.config, self.objectives_of_run, self.objectives = config, objectives, objectives.names
+        self.config, self.objectives, self.loss_names = config, objectives, objectives.loss_names
         D, V, G = config.d_model, config.n_codes, config.n_codebooks
         self.encoder = SlamEncoder(config, objectives.modalities)
         if "speech" in objectives.modalities:
@@ -173,7 +172,7 @@ class SlamPretraining(nn.Module):
             lens = batch.pairs.text.lens - 1  # without [CLS]
             fits = L.ctc_fits(speech_lens, batch.pairs.clean_tokens[:, 1:], lens)
             counts["ctc"] = float((lens * fits).sum())
-        return {name: counts[name] for name in self.objectives}
+        return {name: counts[name] for name in self.loss_names}
 
     def mask_fill(self, conv: Tensor, masked: Tensor, lens: Tensor) -> Tensor:
         """Replace masked frames by noise: (B, T, C), (B, T) bool, (B,) -> (B, T, C).
@@ -202,7 +201,7 @@ class SlamPretraining(nn.Module):
         unmasked = conv.flatten(0, 1)[at]  # (M, C): what was there before the mask
         negatives, usable = L.sample_negatives(at // T, weight, L.N_NEGATIVES, B)
 
-        if self.objectives_of_run.speech_objective == "contrastive":
+        if self.objectives.speech_objective == "contrastive":
             guess = self.context_project(top.flatten(0, 1)[at])
             target = self.linear_target(unmasked)
             return {"contrastive": L.contrastive(guess, target, negatives, usable, None)}, {}
@@ -239,7 +238,7 @@ class SlamPretraining(nn.Module):
         encoder.
         """
         speech, text = pairs.speech, pairs.text
-        with_stm, clean_stm = hasattr(self, "match_head"), self.objectives_of_run.stm_unmasked
+        with_stm, clean_stm = hasattr(self, "match_head"), self.objectives.stm_unmasked
         conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)
         filled = self.mask_fill(conv, speech.masked, lens)
         _, states = self.encoder.speech.encode(filled, lens)  # (B, T, D)
@@ -317,24 +316,21 @@ def evaluate(
     row's speech: what it lacks against `acc/tlm_text` is what the model hears. `acc/retrieval`
     finds the transcript among RETRIEVAL_TEXTS.
     """
-    of_step = stream_units(args)
+    units = {  # as large as a micro-batch of training
+        name: max(units // args.micro_batches, int(rows[name].lengths.max()))
+        for name, units in stream_units(args).items()
+        if name in rows
+    }
 
-    def batches(*names: str) -> Iterator[data.Batch]:
-        for name in names:
-            if rows.get(name) is not None:
-                units = max(of_step[name] // args.micro_batches, int(rows[name].lengths.max()))
-                sizes = {"speech_units": units, "text_units": units}
-                yield from data.dev_batches(**{name: rows[name]}, **sizes)
+    def measured(held_out: data.HeldOut) -> dict[str, float]:
+        return training.means(training.evaluate_sums(model, held_out, args, ranks))
 
-    def measured(of: Iterator[data.Batch]) -> dict[str, float]:
-        return training.means(training.evaluate_sums(model, of, args, ranks))
-
-    metrics = measured(batches("speech", "text", "pairs"))
-    if rows.get("pairs") is not None and "tlm" in model.objectives_of_run.align:
-        several = (batch for batch in batches("pairs") if len(batch.pairs.text.lens) > 1)
-        wrong = measured(with_wrong_speech(batch) for batch in several)
+    metrics = measured(data.HeldOut(rows, units))
+    if "pairs" in rows and "tlm" in model.objectives.align:
+        pairs = {"pairs": rows["pairs"]}
+        wrong = measured(data.HeldOut(pairs, units, at_least=2, change=with_wrong_speech))
         metrics["acc/tlm_text_wrong_speech"] = wrong.get("acc/tlm_text", math.nan)
-    if rows.get("pairs") is not None and hasattr(model, "match_head"):
+    if "pairs" in rows and hasattr(model, "match_head"):
         metrics |= retrieval(model, rows["pairs"], args, ranks)
     return metrics
 
@@ -525,36 +521,54 @@ def initialise(
     return carried
 
 
-def fingerprint(
+def identity_of(
     args: argparse.Namespace, config: SlamConfig, objectives: Objectives, rows: dict[str, Any]
-) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the run that was interrupted."""
+) -> dict[str, dict[str, Any]]:
+    """What a run is. "same": a resumed run must have it in common with the interrupted one, or
+    steps would be replayed and skipped; "may change": a user may turn these on the way."""
     switches = json.loads(json.dumps(dataclasses.asdict(objectives)))  # lists, as when loaded
     batch = [args.batch_s, args.batch_tokens, args.batch_paired_s]
-    sizes = {name: [len(its.lengths), int(its.lengths.sum())] for name, its in rows.items()}
-    return {
+    same = {
         "--size and its options": dataclasses.asdict(config),
         "--modalities, --align, --speech-objective": switches,
         "--seed": args.seed,
         "--batch-s, --batch-tokens, --batch-paired-s": batch,
-        "--lr, --warmup-steps": [args.lr, args.warmup_steps],
         "--tlm-speech-mask, --tlm-text-mask": [args.tlm_speech_mask, args.tlm_text_mask],
-        "--weight-decay, --grad-clip": [args.weight_decay, args.grad_clip],
+        "--max-audio-s, --row-tokens": [args.max_audio_s, args.row_tokens],
+        "the data (rows and hash)": {
+            name: [len(its.lengths), its.fingerprint] for name, its in rows.items()
+        },
+    }
+    may_change = {
+        "--lr": args.lr,
+        "--warmup-steps": args.warmup_steps,
+        "--weight-decay": args.weight_decay,
+        "--grad-clip": args.grad_clip,
         "--loss-weights": args.loss_weights,
         "--dtype": args.dtype,
-        "--max-audio-s, --row-tokens": [args.max_audio_s, args.row_tokens],
-        "the manifests": sizes,
     }
+    return {"same": same, "may change": may_change}
 
 
-def check_same_run(stored: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for the first thing that differs between a checkpoint's run and this."""
-    for name, value in now.items():
-        if stored.get(name) != value:
+def check_same_run(
+    stored: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], path: Path
+) -> list[str]:
+    """Compare a checkpoint's run with this one.
+
+    Returns: a sentence for each setting that was changed and may be.
+    Raises:  ValueError for the first thing that differs and may not.
+    """
+    for name, value in now["same"].items():
+        if stored["same"].get(name) != value:
             raise ValueError(
-                f"{path}: cannot be resumed, {name} was {stored.get(name)} and now is {value}; "
-                "repeat the old options, or start a new run with another --out-dir"
+                f"{path}: cannot be resumed, {name} was {stored['same'].get(name)} and now is "
+                f"{value}; repeat the old options, or start a new run with another --out-dir"
             )
+    return [
+        f"{name} was {stored['may change'].get(name)} until here and is {value} from now on"
+        for name, value in now["may change"].items()
+        if stored["may change"].get(name) != value
+    ]
 
 
 # ------------------------------------------------------------------------------- what the user sees
@@ -601,16 +615,21 @@ def chance_table(model: SlamPretraining) -> str:
         "tlm_text": f"{token:.3f}  the same",
         "stm": f"{math.log(2):.3f}  ln 2",
     }
-    return "\n".join(f"  {name:<12}{levels[name]}" for name in model.objectives if name in levels)
+    return "\n".join(f"  {name:<12}{levels[name]}" for name in model.loss_names if name in levels)
 
 
 def plan_table(plans: dict[str, data.BatchPlan]) -> str:
-    """Each stream's buckets: longest row, rows a micro-batch, and what padding the plan costs."""
+    """Each stream's buckets: longest row, rows a micro-batch, and what padding the plan costs.
+
+    The size of a step is what its rows hold, without padding: a micro-batch is whole rows, so this
+    is below the --batch-... that was asked for, and above it where single rows are larger.
+    """
     lines = []
     for name, plan in plans.items():
-        unit, scale = ("tokens", 1) if name == "text" else ("s", 100)
+        unit, scale = ("tokens", 1) if name == "text" else ("s", FRAMES_PER_S)
         n_rows, waste = sum(map(len, plan.rows)), 100 * plan.padding_waste()
-        lines.append(f"  {name}: {n_rows} rows, padding {waste:.1f}%")
+        size = f"{plan.mean_units() / scale:.6g} {unit} a step on average"
+        lines.append(f"  {name}: {n_rows} rows, {size}, padding {waste:.1f}%")
         for row in plan.describe():
             longest, counts = row["longest"] / scale, f"{row['rows']:>9} rows"
             each = f"{row['rows_per_micro']} a micro-batch"
@@ -619,11 +638,11 @@ def plan_table(plans: dict[str, data.BatchPlan]) -> str:
 
 
 def progress_line(
-    step: int, args: argparse.Namespace, metrics: dict[str, float], objectives: list[str]
+    step: int, args: argparse.Namespace, metrics: dict[str, float], loss_names: list[str]
 ) -> str:
     """One plain line: each loss with its accuracy, codes, rate, speed."""
     parts = [f"step {step:>5}/{args.max_steps}"]
-    for name in objectives:
+    for name in loss_names:
         if f"loss/{name}" in metrics:
             accuracy = f" ({100 * metrics[f'acc/{name}']:.1f}%)" if f"acc/{name}" in metrics else ""
             parts.append(f"{name} {metrics[f'loss/{name}']:.3f}{accuracy}")
@@ -634,7 +653,7 @@ def progress_line(
     return "  ".join(parts)
 
 
-def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
+def summary_table(metrics: dict[str, float], loss_names: list[str]) -> str:
     """Objective, loss against its chance level, accuracy against that of a blind guess.
 
     The last line is the share of codes in use.
@@ -646,7 +665,7 @@ def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
         text = "" if value is None else (f"{100 * value:.2f}%" if percent else f"{value:.3f}")
         return f"{text:>{width}}"
 
-    for name in [*objectives, "tlm_text_wrong_speech", "retrieval"]:
+    for name in [*loss_names, "tlm_text_wrong_speech", "retrieval"]:
         if f"loss/{name}" in metrics or f"acc/{name}" in metrics:
             cells = [cell(f"loss/{name}", False, 9), cell(f"chance_loss/{name}", False, 9)]
             cells += [cell(f"acc/{name}", True, 11), cell(f"chance/{name}", True, 9)]
@@ -657,7 +676,7 @@ def summary_table(metrics: dict[str, float], objectives: list[str]) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
+def draw_curves(out_dir: Path, loss_names: list[str]) -> Path:
     """curves.png from metrics.jsonl, a panel an objective.
 
     Training and held-out loss against the chance level.
@@ -668,7 +687,7 @@ def draw_curves(out_dir: Path, objectives: list[str]) -> Path:
     import matplotlib.pyplot as plt
 
     rows = training.read_metrics(out_dir / "metrics.jsonl")
-    panels = [name for name in objectives if any(f"loss/{name}" in row for row in rows)]
+    panels = [name for name in loss_names if any(f"loss/{name}" in row for row in rows)]
     panels += ["ppl/code"] if any("ppl/code" in row for row in rows) else []
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
@@ -786,7 +805,9 @@ FLAGS_OF_SIZE = (
     "batch_s", "batch_paired_s", "batch_tokens", "row_tokens",
 )  # fmt: skip
 FLAGS_ABOVE_0 = ("grad_clip", "batch_s", "batch_paired_s", "max_audio_s")
-FLAGS_FROM_0 = ("lr", "seed", "num_workers", "warmup_steps", "weight_decay", "eval_every")
+FLAGS_FROM_0 = (
+    "lr", "seed", "num_workers", "warmup_steps", "weight_decay", "eval_every", "keep_every",
+)  # fmt: skip
 FLAGS_FROM_1 = (
     "max_steps", "micro_batches", "log_every", "save_every", "keep_last", "max_bad_steps",
     "batch_tokens",
@@ -821,7 +842,7 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise ValueError(f"{flag}: expected a share between 0 and 1")
     args.dtype = training.resolve_dtype(args.dtype, ranks.device)
-    weights = training.parse_weights(args.loss_weights, objectives.names)
+    weights = training.parse_weights(args.loss_weights, objectives.loss_names)
     args.loss_weights = {"diversity": DIVERSITY_WEIGHT} | weights
     return objectives
 
@@ -851,7 +872,7 @@ def describe(
     """What a run is, before it starts: parameters, chance levels, batch plan."""
     streams = [f"{args.batch_s:g} s of speech"] if "speech" in model.encoder.modalities else []
     streams += [f"{args.batch_tokens} text tokens"] if "text" in model.encoder.modalities else []
-    streams += [f"{args.batch_paired_s:g} s of pairs"] if model.objectives_of_run.align else []
+    streams += [f"{args.batch_paired_s:g} s of pairs"] if model.objectives.align else []
     no_plan = "no data given and --dry-run: the demo is not made, so there is no plan to show"
     lines = [f"size {args.size}: parameters", parameter_table(model)]
     lines += ["loss at chance", chance_table(model)]
@@ -935,7 +956,7 @@ class Run:
                 "args": {"micro_batches": self.args.micro_batches},
                 "run": self.identity,
                 "carried": self.carried,
-            }, self.args.keep_last)  # fmt: skip
+            }, self.args.keep_last, self.args.keep_every)  # fmt: skip
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
@@ -980,9 +1001,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
     model = SlamPretraining(config, objectives).to(ranks.device, dtype)
     if "text" in rows:
         model.unigram.copy_(unigram_of(rows, config.vocab_size))
-    identity, start_step, carried = fingerprint(args, config, objectives, rows), 0, {}
+    identity, start_step, carried = identity_of(args, config, objectives, rows), 0, {}
     if resumed:
-        check_same_run(resumed["run"], identity, path)
+        changed = check_same_run(resumed["run"], identity, path)
         start_step, carried = resumed["step"], resumed["carried"]
         if start_step >= args.max_steps:
             ranks.log(
@@ -991,7 +1012,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
             )
             return None
         model.load_state_dict(resumed["model"])
-        ranks.log(f"resumed {path} at step {start_step}")
+        ranks.log("\n  ".join([f"resumed {path} at step {start_step}", *changed]))
     elif initial:
         carried = initialise(model, initial, ranks)
     normalised = initial and FEATURE_MEAN in initial["carried"] | initial["model"]
@@ -1032,7 +1053,7 @@ def follow(run: Run) -> bool:
     def on_log(step: int, metrics: dict[str, float]) -> None:
         if ranks.rank == 0:
             log.write(step, metrics)
-            show(step, progress_line(step, args, metrics, model.objectives))
+            show(step, progress_line(step, args, metrics, model.loss_names))
             alarms = training.check_alarms(metrics, step, args.warmup_steps, n_codes)
             for name in alarms.keys() - ringing:  # once, until it has been silent for a log line
                 ranks.log(f"ALARM step {step}: {alarms[name]}")
@@ -1044,21 +1065,21 @@ def follow(run: Run) -> bool:
             metrics = evaluate(model, run.dev_rows, args, ranks)
             if ranks.rank == 0:
                 log.write(step, {f"dev/{k}": v for k, v in metrics.items()})
-                ranks.log(f"held out, step {step}\n{summary_table(metrics, model.objectives)}")
+                ranks.log(f"held out, step {step}\n{summary_table(metrics, model.loss_names)}")
 
     dataset = data.PretrainData(**{name: (run.rows[name], run.plans[name]) for name in run.rows})
     own = range(ranks.rank, args.micro_batches, ranks.world_size)
     order = ((step, k) for step in range(run.start_step, args.max_steps) for k in own)
     loader = DataLoader(
         dataset, batch_size=None, sampler=order, num_workers=args.num_workers,
-        worker_init_fn=training.leave_signals_to_the_loop,
+        pin_memory=ranks.device.type == "cuda", worker_init_fn=training.leave_signals_to_the_loop,
     )  # fmt: skip
     finished = training.train(
         model, iter(loader), args, ranks, run.start_step,
         optimizer=run.optimizer, on_log=on_log, on_save=run.save, on_eval=on_eval,
     )  # fmt: skip
     if finished and ranks.rank == 0:
-        ranks.log(f"curves: {draw_curves(args.out_dir, model.objectives)}")
+        ranks.log(f"curves: {draw_curves(args.out_dir, model.loss_names)}")
     return finished
 
 

@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -309,7 +309,7 @@ def train(
     """The loop: from `start_step` to args.max_steps, one optimiser step at a time.
 
     Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `counts(batch)` ->
-                            {name: number} in the order of `objectives`; `step_done()`, called after
+                            {name: number} in the order of `loss_names`; `step_done()`, called after
                             each step.
              micro_batches  this rank's batches in plan order: A/W of them a step.
              on_log(step, metrics), on_save(step), on_eval(step): called on every rank, after the
@@ -342,7 +342,7 @@ def train(
             return False
         counts = {
             n: torch.tensor(c, dtype=torch.float64, device=ranks.device)
-            for n, c in zip(model.objectives, total)
+            for n, c in zip(model.loss_names, total)
         }
         scales = loss_scales(counts, args.loss_weights, ranks.world_size)
 
@@ -354,7 +354,7 @@ def train(
             last = k == local[-1]
             with contextlib.nullcontext() if last or ranks.world_size == 1 else replicas.no_sync():
                 with autocast(ranks.device, args.dtype):
-                    losses, statistics = replicas(batch.to(ranks.device))
+                    losses, statistics = replicas(batch.to(ranks.device, non_blocking=True))
                 objective = sum(
                     loss.sum * scales[name].to(loss.sum.dtype) for name, loss in losses.items()
                 )
@@ -370,7 +370,7 @@ def train(
         if done % args.log_every == 0 or done == args.max_steps:
             metrics = means(sums.reduced(ranks))
             elapsed = time.perf_counter() - window_start
-            weight = {name: args.loss_weights.get(name, 1.0) for name in model.objectives}
+            weight = {name: args.loss_weights.get(name, 1.0) for name in model.loss_names}
             metrics["loss"] = sum(w * metrics.get(f"loss/{n}", 0.0) for n, w in weight.items())
             metrics |= {"lr": lr, "grad_norm": float(grad_norm)}
             metrics["skipped_steps"] = float(skipped_total)
@@ -397,19 +397,18 @@ def train(
 
 @torch.no_grad()
 def evaluate_sums(
-    model: nn.Module, batches: Iterable[Any], args: argparse.Namespace, ranks: Ranks
+    model: nn.Module, batches: Sequence[Any], args: argparse.Namespace, ranks: Ranks
 ) -> dict[str, Tensor]:
     """Sums of every loss over held-out batches, in eval mode.
 
-    Batch i is run by rank i mod W, so nothing counts twice.
+    Batch i is read and run by rank i mod W, so nothing counts twice.
     """
     model.eval()
     sums = Sums()
-    for i, batch in enumerate(batches):
-        if i % ranks.world_size == ranks.rank:
-            seed_micro_batch(args.seed, 0, i)
-            with autocast(ranks.device, args.dtype):
-                sums.add(*model(batch.to(ranks.device)))
+    for i in range(ranks.rank, len(batches), ranks.world_size):
+        seed_micro_batch(args.seed, 0, i)
+        with autocast(ranks.device, args.dtype):
+            sums.add(*model(batches[i].to(ranks.device)))
     return sums.reduced(ranks)
 
 
@@ -465,8 +464,13 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_last: int) -> Path:
-    """Write ckpt/step_0001000.pt, point ckpt/latest at it, keep only the newest `keep_last`."""
+def save_checkpoint(
+    out_dir: Path, step: int, contents: dict[str, Any], keep_last: int, keep_every: int = 0
+) -> Path:
+    """Write ckpt/step_0001000.pt and point ckpt/latest at it.
+
+    Kept are the newest `keep_last` and, unless it is 0, those of every `keep_every` steps.
+    """
     path = out_dir / "ckpt" / f"step_{step:07d}.pt"
     contents = contents | {"step": step, "versions": versions()}
     write_atomically(path, lambda file: torch.save(contents, file))
@@ -474,7 +478,8 @@ def save_checkpoint(out_dir: Path, step: int, contents: dict[str, Any], keep_las
     for leftover in path.parent.glob("*.tmp"):  # of a save that was killed
         leftover.unlink()
     for old in sorted(path.parent.glob("step_*.pt"))[:-keep_last]:
-        if old != path:
+        milestone = keep_every and int(old.stem.removeprefix("step_")) % keep_every == 0
+        if old != path and not milestone:
             old.unlink()
     return path
 
@@ -683,6 +688,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps between held-out evaluations (0: only at the end)",
     )
     add("--keep-last", type=int, default=2, help="checkpoints kept on disk (default: %(default)s)")
+    add(
+        "--keep-every",
+        type=int,
+        default=0,
+        help="also keep every checkpoint of a multiple of so many steps (0: none)",
+    )
     add(
         "--init",
         type=Path,

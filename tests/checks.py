@@ -374,7 +374,7 @@ def check_codes_name_unmasked_speech(module: ModuleType) -> None:
 class _Toy(nn.Module):
     """Least squares in float64, as a model that training.train can drive."""
 
-    objectives = ["squares"]
+    loss_names = ["squares"]
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,7 +395,7 @@ class _ToyBatch:
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y
 
-    def to(self, device: torch.device) -> _ToyBatch:
+    def to(self, device: torch.device, non_blocking: bool = False) -> _ToyBatch:
         return self
 
 

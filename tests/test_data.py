@@ -643,6 +643,13 @@ def test_rows_fit_their_bucket_and_batches_their_budget():
     assert max(plan.bucket_max(values).values()) == len(LENGTHS) - 1
 
 
+def test_the_plan_says_what_a_step_really_holds():
+    plan = make_plan()
+    held = [LENGTHS[rows].sum() for rows, *_ in batches(plan, range(8 * 60))]
+    assert 4 * np.mean(held) == pytest.approx(plan.mean_units(), rel=0.01)  # 4 micro-batches a step
+    assert 0.7 * 16_000 < plan.mean_units() < 16_000
+
+
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -816,20 +823,18 @@ def test_streams_may_be_missing(stream):
 
 
 def test_a_held_out_pass_sees_each_row_once(stream):
-    speech, text, pairs = (getattr(stream, name)[0] for name in ("speech", "text", "pairs"))
-
-    def dev():
-        return list(data.dev_batches(speech, text, pairs, speech_units=1000, text_units=150))
-
-    found = dev()
-    for one, other in zip(found, dev(), strict=True):
+    every = {name: getattr(stream, name)[0] for name in ("speech", "text", "pairs")}
+    held_out = data.HeldOut(every, {"speech": 1000, "text": 150, "pairs": 1000})
+    found = list(held_out)
+    assert len(found) == len(held_out)
+    for one, other in zip(found, held_out, strict=True):
         assert_same(one, other)
     lens = {
         "speech": torch.cat([b.speech.feature_lens for b in found if b.speech]),
         "text": torch.cat([b.text.lens for b in found if b.text]),
         "pairs": torch.cat([b.pairs.speech.feature_lens for b in found if b.pairs]),
     }
-    for name, rows in (("speech", speech), ("text", text), ("pairs", pairs)):
+    for name, rows in every.items():
         assert torch.equal(lens[name], torch.from_numpy(np.sort(rows.lengths)))
     assert all(
         b.speech.features.shape[0] * b.speech.features.shape[1] <= 1000 for b in found if b.speech
@@ -849,22 +854,23 @@ def ramp_manifest(root: Path, seconds: float, rows: list[dict]) -> data.Manifest
     )
 
 
-def test_long_speech_is_cut_anew_each_epoch_within_its_row(tmp_path, monkeypatch):
+def test_long_speech_is_cut_anew_each_epoch_and_weighs_as_much_as_it_lasts(tmp_path, monkeypatch):
     asked = []
     manifest = ramp_manifest(tmp_path, 20, [{"duration": 8.0, "offset": 10.0}, {"duration": 1.0}])
     read = data.read_audio
     monkeypatch.setattr(data, "read_audio", lambda *a: (asked.append(a[1:]), read(*a))[1])
     rows = data.SpeechRows(manifest, 2.0, seed=1)
-    assert rows.lengths.tolist() == [n_frames(32000), n_frames(16000)]
-    first = [rows.features(0, epoch) for epoch in range(30)]
-    assert all(len(f) == rows.lengths[0] for f in first) and torch.equal(
-        first[3], rows.features(0, 3)
-    )
-    starts = [offset for offset, _ in asked[:30]]
-    assert len(set(starts)) == 30 and min(starts) >= 10.0 and max(starts) + 2.0 <= 18.0
-    assert min(starts) < 11.5 and max(starts) > 14.5
-    assert {seconds for _, seconds in asked[:30]} == {2.0}
-    rows.features(1, 0)
+    assert rows.lengths.tolist() == [n_frames(32000)] * 4 + [n_frames(16000)]
+    for part in range(4):  # 8 seconds are four rows, each with a stretch of 1.5 s to begin in
+        asked.clear()
+        cut = [rows.features(part, epoch) for epoch in range(30)]
+        assert all(len(f) == rows.lengths[part] for f in cut)
+        assert torch.equal(cut[3], rows.features(part, 3))
+        starts = [offset - 10.0 for offset, _ in asked[:30]]
+        assert len(set(starts)) == 30 and {seconds for _, seconds in asked} == {2.0}
+        assert 1.5 * part <= min(starts) < 1.5 * part + 0.3
+        assert 1.5 * part + 1.2 < max(starts) < 1.5 * (part + 1)
+    rows.features(4, 0)
     assert asked[-1] == (0.0, 1.0)
 
 
@@ -889,7 +895,8 @@ def test_long_or_silent_pairs_are_left_out_and_counted(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="--max-audio-s 0.02: need two encoder frames"):
         data.SpeechRows(ramp_manifest(tmp_path, 10, kinds), 0.02, seed=0)
     speech = data.SpeechRows(ramp_manifest(tmp_path, 10, kinds), 5.0, seed=0)
-    assert speech.left_out == {"shorter than two encoder frames": 1} and len(speech.lengths) == 5
+    assert speech.left_out == {"shorter than two encoder frames": 1}
+    assert len(speech.lengths) == 6  # 9 seconds are two rows of 5
 
 
 def test_no_row_has_more_frames_than_its_duration_says(tmp_path):

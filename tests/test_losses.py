@@ -534,7 +534,7 @@ def flow():
     """{loss: {part: (least, most) gradient over the part's parameters}} of one micro-batch."""
     model = pretraining()
     out, _ = model(checks.batch())
-    assert set(out) == set(model.objectives) == set(REACHED)
+    assert set(out) == set(model.loss_names) == set(REACHED)
     table = {}
     for name, loss in out.items():
         model.zero_grad()

@@ -256,7 +256,7 @@ def assert_close_logs(left: list[dict], right: list[dict], tolerance: float, pat
 def test_micro_batches_of_a_step_hold_different_counts(corpus, micro, more):
     """Else the tests of ranks below could not tell a mean of means from the mean."""
     model, dataset, _, _ = prepare(corpus, *more.split())
-    uneven = {name: 0 for name in model.objectives}
+    uneven = {name: 0 for name in model.loss_names}
     for step in range(20):
         first, second = (model.counts(dataset[step, k]) for k in range(2))
         for name in uneven:
@@ -409,11 +409,13 @@ def test_a_finished_run_goes_on_when_it_gets_more_steps(alone, corpus, micro, tm
     assert [row["step"] for row in metrics_of(tmp_path / "run")][-3:] == [24, 25, 26]
 
 
-CHANGES = {
-    "--lr": 1e-3, "--warmup-steps": 9, "--seed": 1, "--batch-s": 7, "--batch-paired-s": 7,
-    "--batch-tokens": 300, "--align": "tlm", "--micro-batches": 4, "--size": "small",
-    "--weight-decay": 0.1, "--grad-clip": 1.0, "--loss-weights": "stm=2", "--dtype": "fp64",
-    "--max-audio-s": 1.5, "--row-tokens": 20,
+REFUSED = {
+    "--seed": 1, "--batch-s": 7, "--batch-paired-s": 7, "--batch-tokens": 300, "--align": "tlm",
+    "--micro-batches": 4, "--size": "small", "--max-audio-s": 1.5, "--row-tokens": 20,
+}  # fmt: skip
+ALLOWED = {
+    "--lr": 1e-3, "--warmup-steps": 9, "--weight-decay": 0.1, "--grad-clip": 1.0,
+    "--loss-weights": "stm=2", "--dtype": "fp64",
 }  # fmt: skip
 
 
@@ -430,15 +432,29 @@ def error_of(capsys, arguments: list[object]) -> str:
     return printed
 
 
-@pytest.mark.parametrize("flag", CHANGES)
-def test_resuming_with_a_changed_option_is_refused_by_name(alone, corpus, micro, capsys, flag):
+@pytest.mark.parametrize("flag", REFUSED)
+def test_resuming_with_another_plan_is_refused_by_name(alone, corpus, micro, capsys, flag):
     out_dir, _ = alone
-    assert flag in error_of(capsys, [*options(corpus, out_dir, *WHOLE), flag, CHANGES[flag]])
+    assert flag in error_of(capsys, [*options(corpus, out_dir, *WHOLE), flag, REFUSED[flag]])
+
+
+@pytest.mark.parametrize("flag", ALLOWED)
+def test_what_heals_a_sick_run_may_change_on_resume_and_is_said(
+    alone, corpus, micro, tmp_path, flag
+):
+    """The error about gradients that are not finite advises --lr and --dtype."""
+    shutil.copytree(alone[0], tmp_path / "run")
+    command = [*options(corpus, tmp_path / "run", *WHOLE), "--max-steps", N_STEPS + 1]
+    printed = run_here([*command, flag, ALLOWED[flag]])
+    (line,) = [line for line in printed.splitlines() if "from now on" in line]
+    assert line.strip().startswith(f"{flag} was ") and str(ALLOWED[flag]).split("=")[-1] in line
+    assert metrics_of(tmp_path / "run")[-1]["step"] == N_STEPS + 1
 
 
 def test_resuming_on_other_data_or_another_tokenizer_is_refused(alone, corpus, micro, capsys):
+    """Also where the rows are as many and as long."""
     command = options(corpus, alone[0], *WHOLE)
-    assert "manifest" in error_of(capsys, [*command, "--speech", corpus["other"]])
+    assert "the data" in error_of(capsys, [*command, "--speech", corpus["other"]])
     assert "--tokenizer" in error_of(capsys, [*command, "--tokenizer", corpus["foreign"]])
 
 
@@ -539,7 +555,7 @@ def test_each_mode_builds_just_what_it_trains(corpus, micro, mode):
         {n: torch.tensor(c) for n, c in model.counts(batch).items()}, {}, 1
     )
     out, _ = model(batch)
-    assert sorted(out) == sorted(LOSSES[mode]) == sorted(model.objectives)
+    assert sorted(out) == sorted(LOSSES[mode]) == sorted(model.loss_names)
     sum(loss.sum * scales[name] for name, loss in out.items()).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.any() and torch.isfinite(p.grad).all(), name
@@ -781,7 +797,7 @@ def test_doubling_one_stream_leaves_the_mean_of_every_loss(still_model, doubled)
 
 def test_wrong_speech_keeps_texts_and_their_masks_and_changes_the_speech(corpus, micro):
     model, _, dev_rows, _ = prepare(corpus)
-    (right,) = data.dev_batches(pairs=dev_rows["pairs"], speech_units=9999, text_units=9999)
+    (right,) = data.HeldOut({"pairs": dev_rows["pairs"]}, {"pairs": 9999})
     wrong = pretrain.with_wrong_speech(right)
     for name, value in vars(right.pairs.text).items():
         assert torch.equal(getattr(wrong.pairs.text, name), value), name

@@ -39,14 +39,14 @@ class Rows:
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.x, self.y = x, y
 
-    def to(self, device: torch.device) -> "Rows":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Rows":
         return self
 
 
 class Toy(nn.Module):
     """Linear regression in float64; `poison` lists the optimiser steps whose loss is not finite."""
 
-    objectives = ("fit",)
+    loss_names = ("fit",)
 
     def __init__(self, poison: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -425,6 +425,13 @@ def test_only_the_newest_checkpoints_are_kept_and_latest_names_the_last(tmp_path
     names = sorted(path.name for path in (tmp_path / "ckpt").iterdir())
     assert names == ["latest", "step_0000200.pt", "step_0001000.pt"]
     assert training.load_checkpoint(tmp_path)["n"] == 1000
+
+
+def test_checkpoints_of_every_so_many_steps_stay_beside_the_newest(tmp_path):
+    for step in (5, 10, 15, 20, 25):
+        training.save_checkpoint(tmp_path, step, {}, keep_last=1, keep_every=10)
+    names = sorted(path.name for path in (tmp_path / "ckpt").glob("*.pt"))
+    assert names == ["step_0000010.pt", "step_0000020.pt", "step_0000025.pt"]
 
 
 @pytest.mark.parametrize(
