@@ -28,10 +28,20 @@ import sentencepiece
 import soundfile
 import soxr
 
-from conformer import CLS_ID, MASK_ID, PAD_ID, SAMPLE_RATE, SEP_ID, UNK_ID
+from conformer import (
+    CLS_ID,
+    MASK_ID,
+    PAD_ID,
+    SAMPLE_RATE,
+    SEP_ID,
+    UNK_ID,
+    n_frames,
+    subsampled_lens,
+)
 from training import write_atomically
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
 MAX_S = 1e8  # three years: a duration or offset beyond is a mistake
 NO_CHARACTER = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, files and tokenizers cannot
 SEEK_LEAD = 9216  # samples decoded ahead of the wanted ones: an MP3 frame needs the ones before it
@@ -504,11 +514,21 @@ def directory_manifest(root: Path | str, out: Path | str) -> Report:
     return _write_manifest(Path(out), candidates(), Report())
 
 
+def too_short(seconds: float) -> bool:
+    """Whether audio is too short for one encoder frame to be masked and one to be seen."""
+    return subsampled_lens(n_frames(round(seconds * SAMPLE_RATE))) < MIN_ENC_FRAMES
+
+
 def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False) -> Report:
-    """Count good and bad rows of a manifest, where Manifest.read stops at the first bad one."""
+    """Count good and bad rows of a manifest, where Manifest.read stops at the first bad one.
+
+    Rows that training leaves out are counted with the bad ones.
+    """
     report = Report()
     for number, _, _, row in parse_rows(read_bytes(path, "manifest")):
         fault = row_fault(row, False)
+        if not fault and too_short(row["duration"]):
+            fault = "shorter than two encoder frames", f"{row['duration']:g} s"
         if not fault and row["duration"] > max_audio_s:
             fault = f"longer than --max-audio-s {max_audio_s:g}", f"{row['duration']:g} s"
         if not fault and read:

@@ -54,6 +54,7 @@ from conformer import (
     subsampled_lens,
 )
 from corpora import (
+    MIN_ENC_FRAMES,
     Manifest,
     TextCorpus,
     Tokenizer,
@@ -65,9 +66,8 @@ from corpora import (
     read_bytes,
     read_lines,
     row_fault,
+    too_short,
 )
-
-MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
 
 # w2v-BERT: a span of 10 frames starts anywhere with p = 0.065, which covers 1 - (1 - p)^10 = 49%.
 SPEECH_MASK, SPEECH_SPAN = 0.49, 10
@@ -179,6 +179,12 @@ class BatchPlan:
     walk through one random permutation after the other; what is left of one runs on into the next.
     The buckets are cut so that a pass over any of them takes equally many steps: then long and
     short rows are visited equally often.
+
+    For example, 800 rows of 1 to 8 s, steps of 32 s in A = 2 micro-batches of 16 s: one bucket ends
+    at 8 s and its micro-batches are 16 // 8 = 2 rows, another ends at 2 s and has 8. Eight steps
+    use all eight buckets, in an order that is new each time. Say that step 20 has the 8 s bucket
+    and that four steps before it had: they took 4 x 2 micro-batches x 2 rows = 16 rows of this
+    bucket's permutation, so micro-batch k = 1 of step 20 begins at 16 + 1 x 2 = row 18 of it.
 
     Args: lengths         (n,) int, of any unit.
           units_per_step  size of a step in that unit, padding counted, over all its micro-batches;
@@ -455,7 +461,7 @@ def _read_features(
         wave = read_audio(row["audio_filepath"], row.get("offset", 0.0) + start, seconds)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{manifest.where(i)}: {error}") from error
-    if subsampled_lens(n_frames(len(wave))) < MIN_ENC_FRAMES:
+    if too_short(len(wave) / SAMPLE_RATE):
         found = f"{len(wave) / SAMPLE_RATE:.3f} s of audio where the manifest says {seconds:g}"
         raise ValueError(f"{manifest.where(i)}: {row['audio_filepath']}: {found}")
     return log_mel(torch.from_numpy(wave))[:at_most]
@@ -490,10 +496,10 @@ class SpeechRows:
 
     def __init__(self, manifest: Manifest, max_audio_s: float, seed: int) -> None:
         most = n_frames(round(max_audio_s * SAMPLE_RATE))
-        if subsampled_lens(most) < MIN_ENC_FRAMES:
+        if too_short(max_audio_s):
             raise ValueError(f"--max-audio-s {max_audio_s:g}: need two encoder frames (0.1 s)")
-        too_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
-        keep, self.left_out = _usable(manifest, {"shorter than two encoder frames": too_short})
+        is_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
+        keep, self.left_out = _usable(manifest, {"shorter than two encoder frames": is_short})
         self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
         parts = np.maximum(1, np.rint(self.manifest.durations / max_audio_s)).astype(np.int64)
         self._utterance = np.repeat(np.arange(len(parts)), parts)  # (n,)
@@ -639,9 +645,9 @@ class PairRows:
             stops.append(len(tokens))
             transcript.append(numbers.setdefault(_transcript_key(text), len(numbers)))
         text_lens = np.diff(np.array(stops, np.int64), prepend=0)
-        too_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
+        is_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
         faults = {
-            "shorter than two encoder frames": too_short,
+            "shorter than two encoder frames": is_short,
             f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s,
             "without transcript": text_lens == 0,
         }
@@ -807,7 +813,9 @@ class HeldOut(Dataset):
     def __getitem__(self, i: int) -> Batch:
         name, chosen = self.chosen[i]  # IndexError past the end: so a pass is a plain for loop
         its, epochs = self.rows[name], np.zeros_like(chosen)
-        return self.change(Batch(**{name: its.collate(chosen, epochs, int(its.lengths[chosen[-1]]))}))
+        return self.change(
+            Batch(**{name: its.collate(chosen, epochs, int(its.lengths[chosen[-1]]))})
+        )
 
 
 def feature_statistics(
@@ -820,7 +828,7 @@ def feature_statistics(
     count, total, squares, seconds = 0, np.zeros(N_MELS), np.zeros(N_MELS), 0.0
     for i in np.random.default_rng([seed, STATISTICS]).permutation(len(manifest)):
         part = min(manifest.durations[i], 30.0)
-        if subsampled_lens(n_frames(round(part * SAMPLE_RATE))) < MIN_ENC_FRAMES:
+        if too_short(part):
             continue
         if count and seconds + part > max_seconds:
             break

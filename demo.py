@@ -15,7 +15,7 @@ processes of its own, from the separately installed package espeakng-loader.
 
 Everything is a function of (VERSION, seed, scale). A held-out sentence is in no training file.
 
-Public: make_demo, VoiceError.   CLI: python demo.py [--root demo_data] [--seed 0]
+Public: make_demo, is_complete, VoiceError.   CLI: python demo.py [--root demo_data] [--seed 0]
 Letters: N wave samples.
 """
 
@@ -1215,10 +1215,9 @@ def make_demo(
 
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"version": VERSION, "seed": seed, "scale": scale}
     with open(root.parent / f".{root.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_complete(root, recipe):
+        if is_complete(root, seed, scale):
             return root
         foreign = root.exists() and not (root / "demo.json").exists()
         if foreign and (root.is_file() or any(root.iterdir())):
@@ -1231,7 +1230,9 @@ def make_demo(
             for path in sorted(building.rglob("*"))
             if path.is_file()
         }
-        (building / "demo.json").write_text(json.dumps(recipe | {"files": files}, indent=0))
+        (building / "demo.json").write_text(
+            json.dumps(_recipe(seed, scale) | {"files": files}, indent=0)
+        )
         shutil.rmtree(root, ignore_errors=True)
         os.replace(building, root)
     hours, size = sum(seconds.values()) / 3600, sum(files.values()) / 2**20
@@ -1242,11 +1243,15 @@ def make_demo(
     return root
 
 
-def is_complete(root: Path, recipe: dict) -> bool:
+def _recipe(seed: int, scale: float) -> dict[str, float]:
+    return {"version": VERSION, "seed": seed, "scale": scale}
+
+
+def is_complete(root: Path, seed: int = 0, scale: float = 1.0) -> bool:
     """True if root/demo.json names this recipe and every file that it lists has its size."""
     try:
         marker = json.loads((root / "demo.json").read_text())
-        same = all(marker[key] == value for key, value in recipe.items())
+        same = all(marker[key] == value for key, value in _recipe(seed, scale).items())
         return same and all((root / n).stat().st_size == s for n, s in marker["files"].items())
     except (OSError, ValueError, KeyError):
         return False

@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import json
 import math
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -873,7 +872,7 @@ def describe(
     streams = [f"{args.batch_s:g} s of speech"] if "speech" in model.encoder.modalities else []
     streams += [f"{args.batch_tokens} text tokens"] if "text" in model.encoder.modalities else []
     streams += [f"{args.batch_paired_s:g} s of pairs"] if model.objectives.align else []
-    no_plan = "no data given and --dry-run: the demo is not made, so there is no plan to show"
+    no_plan = "no data given, and --dry-run does not make the demo: there is no plan to show"
     lines = [f"size {args.size}: parameters", parameter_table(model)]
     lines += ["loss at chance", chance_table(model)]
     lines.append(
@@ -968,7 +967,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
     resumed, initial, path = find_start(args)
     resolve_micro_batches(args, ranks, resumed)
     given = [args.speech, args.text, args.paired]
-    if args.dry_run and not any(given):
+    if args.dry_run and not any(given) and not demo.is_complete(args.demo_dir):
         with torch.device("meta"):
             ranks.log(describe(SlamPretraining(sized(args.size), objectives), {}, args))
         return None
@@ -1031,8 +1030,11 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
     )  # fmt: skip
 
 
-def follow(run: Run) -> bool:
-    """Train, and log, evaluate and save on the way. Returns False when a signal stopped it."""
+def follow(run: Run) -> int:
+    """Train, and log, evaluate and save on the way.
+
+    Returns: 0, or the number of the signal that stopped it.
+    """
     args, ranks, model = run.args, run.ranks, run.model
     log = None
     if ranks.rank == 0:
@@ -1074,13 +1076,13 @@ def follow(run: Run) -> bool:
         dataset, batch_size=None, sampler=order, num_workers=args.num_workers,
         pin_memory=ranks.device.type == "cuda", worker_init_fn=training.leave_signals_to_the_loop,
     )  # fmt: skip
-    finished = training.train(
+    stopped_by = training.train(
         model, iter(loader), args, ranks, run.start_step,
         optimizer=run.optimizer, on_log=on_log, on_save=run.save, on_eval=on_eval,
     )  # fmt: skip
-    if finished and ranks.rank == 0:
+    if not stopped_by and ranks.rank == 0:
         ranks.log(f"curves: {draw_curves(args.out_dir, model.loss_names)}")
-    return finished
+    return stopped_by
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1091,9 +1093,9 @@ def main(argv: list[str] | None = None) -> None:
         run = prepare(args, ranks)
         if run is not None:
             ranks.log(describe(run.model, run.plans, args))
-            if not follow(run):
+            if stopped_by := follow(run):
                 # As if the signal had ended it, so that scripts do not go on.
-                raise SystemExit(128 + signal.SIGTERM)
+                raise SystemExit(128 + stopped_by)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error of a loader process arrives with that process's traceback before the one line.
         last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]

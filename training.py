@@ -305,7 +305,7 @@ def train(
     on_log: Callable[[int, dict[str, float]], None],
     on_save: Callable[[int], None],
     on_eval: Callable[[int], None] | None = None,
-) -> bool:
+) -> int:
     """The loop: from `start_step` to args.max_steps, one optimiser step at a time.
 
     Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `counts(batch)` ->
@@ -314,7 +314,8 @@ def train(
              micro_batches  this rank's batches in plan order: A/W of them a step.
              on_log(step, metrics), on_save(step), on_eval(step): called on every rank, after the
                             step.
-    Returns: True at args.max_steps, False when a signal stopped it (on_save has been called).
+    Returns: 0 at args.max_steps, or the number of the signal that stopped it (on_save has been
+             called).
     Raises:  FloatingPointError after args.max_bad_steps steps in a row with non-finite gradients,
              on all ranks alike.
     """
@@ -339,7 +340,7 @@ def train(
             on_save(step)
             advice = "the same command goes on from there"
             ranks.log(f"stopped by a signal: {step} steps are saved, {advice}")
-            return False
+            return stop.received or signal.SIGTERM  # another rank's, if not this one's
         counts = {
             n: torch.tensor(c, dtype=torch.float64, device=ranks.device)
             for n, c in zip(model.loss_names, total)
@@ -392,7 +393,7 @@ def train(
             model.train()
         if window_steps == 0:
             window_start = time.perf_counter()  # evaluation and saving are not part of step_ms
-    return True
+    return 0
 
 
 @torch.no_grad()

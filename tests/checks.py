@@ -160,9 +160,9 @@ def check_speech_ignores_padding(
     for b, n in enumerate(frame_lens.tolist()):
         alone = run(features[b : b + 1, :n], frame_lens[b : b + 1])
         difference = apart(together[b, : alone.shape[1]], alone[0])
-        assert difference < tolerance, (
-            f"row {b} of {n} frames: {difference:.2e} away from itself alone"
-        )
+        assert (
+            difference < tolerance
+        ), f"row {b} of {n} frames: {difference:.2e} away from itself alone"
 
 
 @torch.no_grad()
@@ -183,13 +183,13 @@ def check_pairs_ignore_padding(
     for b, (t, u) in enumerate(zip(speech_lens.tolist(), text_lens.tolist(), strict=True)):
         alone = torch.cat([speech[b : b + 1, :t], text_side(tokens[b : b + 1, :u])], dim=1)
         assert int(lens[b]) == t + u
-        assert torch.equal(joined[b, : t + u], alone[0]), (
-            "the text starts right after the last valid speech frame"
-        )
+        assert torch.equal(
+            joined[b, : t + u], alone[0]
+        ), "the text starts right after the last valid speech frame"
         difference = apart(together[b, : t + u], stack(alone, torch.tensor([t + u]))[0])
-        assert difference < tolerance, (
-            f"pair {b} of {t}+{u}: {difference:.2e} away from itself alone"
-        )
+        assert (
+            difference < tolerance
+        ), f"pair {b} of {t}+{u}: {difference:.2e} away from itself alone"
 
 
 @torch.no_grad()
@@ -228,9 +228,9 @@ def check_vectors_are_codebook_rows(module: ModuleType, n_codebooks: int = 1) ->
     q.vectors.square().sum().backward()
     for name in ("logits.weight", "logits.bias", "codebook", "norm.weight"):
         gradient = quantizer.get_parameter(name).grad
-        assert gradient is not None and float(gradient.abs().max()) > 0, (
-            f"no gradient reaches {name}"
-        )
+        assert (
+            gradient is not None and float(gradient.abs().max()) > 0
+        ), f"no gradient reaches {name}"
 
 
 def check_temperature_counts_optimiser_steps(module: ModuleType) -> None:
@@ -290,9 +290,9 @@ def check_negatives(module: ModuleType, n_negatives: int = 200) -> None:
         drawn = negatives[m]
         assert bool((weight[drawn] == 1).all()), "filler was drawn"
         rows, frames = index[drawn] // T, index[drawn] % T
-        assert bool((rows == row).all()), (
-            f"row {int(row)} has distractors of rows {rows.unique().tolist()}"
-        )
+        assert bool(
+            (rows == row).all()
+        ), f"row {int(row)} has distractors of rows {rows.unique().tolist()}"
         assert bool(masked[rows, frames].all()), "a distractor is not a masked frame"
         assert bool((frames != frame).all()), "the positive was drawn as a distractor"
         others = set(masked[row].nonzero()[:, 0].tolist()) - {int(frame)}
@@ -461,6 +461,6 @@ def check_two_ranks_equal_one_process(training: ModuleType) -> None:
     expected = 2 / 7 * x.T @ (x @ _Toy().weight.detach() - y)
     assert apart(whole, expected) < 1e-6  # the scale 1/7 is made in float32
     assert apart(one, whole) < 1e-12, "accumulation differs from one batch"
-    assert apart(ranks, whole) < 1e-12, (
-        f"two ranks have {ranks.tolist()}, one process {whole.tolist()}"
-    )
+    assert (
+        apart(ranks, whole) < 1e-12
+    ), f"two ranks have {ranks.tolist()}, one process {whole.tolist()}"

@@ -366,7 +366,8 @@ def test_the_token_cache_is_reused_and_follows_source_and_tokenizer(
     source.write_text(source.read_text()[::-1])  # as long as before
     os.utime(source, (1, 1))
     assert not np.array_equal(
-        data.TextRows.pack(data.TextCorpus.open([source], tokenizer), 32).tokens(0), changed.tokens(0)
+        data.TextRows.pack(data.TextCorpus.open([source], tokenizer), 32).tokens(0),
+        changed.tokens(0),
     )
     data.TextCorpus.open([source], tokenizer, tmp_path / "cache")
     assert len(calls) == 5 and len(list((tmp_path / "cache").iterdir())) == 2
@@ -377,7 +378,9 @@ def test_an_interrupted_cache_is_made_again(tmp_path, tokenizer, monkeypatch):
     source = tmp_path / "a.txt"
     source.write_text("\n".join(sentences(20)))
     with monkeypatch.context() as broken:
-        broken.setattr(training.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        broken.setattr(
+            training.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         with pytest.raises(KeyboardInterrupt):
             data.TextCorpus.open([source], tokenizer)
     assert list(tmp_path.iterdir()) == [source]

@@ -154,6 +154,6 @@ def test_code_that_runs_stands_behind_the_guard(name):
     for node in TREES[name].body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         guard = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        assert isinstance(node, allowed) or docstring or guard, (
-            f"{name}.py line {node.lineno} runs on import"
-        )
+        assert (
+            isinstance(node, allowed) or docstring or guard
+        ), f"{name}.py line {node.lineno} runs on import"

@@ -477,7 +477,11 @@ def test_a_collapsing_codebook_lowers_the_perplexity_and_raises_the_alarm():
             module.logits.bias[3] = bias
         q = module(features, weight)
         metrics = training.means({"code_counts": q.hard_counts.double()})
-        alarms = [a for a in training.check_alarms(metrics, 1, 100, V).values() if "codebook collapse" in a]
+        alarms = [
+            a
+            for a in training.check_alarms(metrics, 1, 100, V).values()
+            if "codebook collapse" in a
+        ]
         loss = contrastive(torch.randn(400, 8), q.vectors, negatives, usable, q.drawn)
         seen[bias] = (
             metrics["ppl/code"],
@@ -555,9 +559,9 @@ def flow():
 def test_gradient_reaches_what_a_loss_is_about_and_nothing_else(flow, name):
     wanted = REACHED[name]
     assert {part for part, (_, most) in flow[name].items() if most > 0} == wanted
-    assert {part for part, (least, _) in flow[name].items() if least > 0} == wanted, (
-        "a part is reached in part"
-    )
+    assert {
+        part for part, (least, _) in flow[name].items() if least > 0
+    } == wanted, "a part is reached in part"
 
 
 def test_targets_of_code_prediction_give_the_quantizer_no_gradient(flow):
@@ -586,9 +590,9 @@ def test_masked_features_are_replaced_and_the_others_kept():
     filled = model.mask_fill(conv, speech.masked, lens)
     assert torch.equal(filled[~speech.masked], conv[~speech.masked])
     filled.sum().backward()
-    assert float(conv.grad[speech.masked].abs().max()) == 0, (
-        "gradient passes through a masked feature"
-    )
+    assert (
+        float(conv.grad[speech.masked].abs().max()) == 0
+    ), "gradient passes through a masked feature"
     assert bool((conv.grad[~speech.masked] == 1).all())
     for b, n in enumerate(lens.tolist()):
         asked = 0.1 * float(conv[b, :n].detach().std())

@@ -658,7 +658,7 @@ def test_a_signal_to_the_whole_group_saves_though_loader_processes_get_it_too(
     process = start(micro_main, options(corpus, tmp_path / "run", *many))
     wait_for_step(process, tmp_path / "run", 10)
     os.killpg(process.pid, number)
-    assert "stopped by a signal" in finish(process, code=143)
+    assert "stopped by a signal" in finish(process, code=128 + number)
 
 
 @pytest.mark.parametrize(

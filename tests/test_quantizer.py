@@ -213,8 +213,8 @@ def test_linear_target_is_a_linear_of_the_normed_features():
     expected = normed @ module.project.weight.T + module.project.bias
     assert torch.allclose(module(features), expected, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.allclose(module(features), expected, atol=1e-5), (
-            "bf16 must not round the targets"
-        )
+        assert torch.allclose(
+            module(features), expected, atol=1e-5
+        ), "bf16 must not round the targets"
     module(features).sum().backward()
     assert all(p.grad is not None for p in module.parameters())

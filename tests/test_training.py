@@ -81,14 +81,14 @@ def options(**changes: object) -> argparse.Namespace:
 
 
 def train_toy(model: Toy, batches: list[Rows], ranks: training.Ranks = ALONE, **changes: object):
-    """-> (finished, [(step, metrics)], [saved steps], optimizer)."""
+    """-> (number of the signal that stopped it, [(step, metrics)], [saved steps], optimizer)."""
     logged, saved, args = [], [], options(**changes)
     optimizer = training.make_optimizer(model, 0.01)
-    finished = training.train(
+    stopped_by = training.train(
         model, iter(batches), args, ranks, 0, optimizer=optimizer,
         on_log=lambda step, metrics: logged.append((step, metrics)), on_save=saved.append,
     )  # fmt: skip
-    return finished, logged, saved, optimizer
+    return stopped_by, logged, saved, optimizer
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -271,8 +271,8 @@ def test_a_non_finite_gradient_leaves_weights_and_moments_as_they_were(bad, good
 
 def test_skipped_steps_are_counted_in_the_log_and_training_goes_on():
     model = Toy(poison=(1, 3))
-    finished, logged, saved, _ = train_toy(model, [rows(4, s) for s in range(6)])
-    assert finished and saved == [6]
+    stopped_by, logged, saved, _ = train_toy(model, [rows(4, s) for s in range(6)])
+    assert stopped_by == 0 and saved == [6]
     assert [metrics["skipped_steps"] for _, metrics in logged] == [0, 1, 1, 2, 2, 2]
     assert all(torch.isfinite(w).all() for w in weights(model))
 
@@ -289,10 +289,10 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_what_to_change():
 
 def test_bad_steps_that_are_not_in_a_row_do_not_end_the_run():
     model = Toy(poison=(0, 1, 2, 4, 5, 6, 8, 9, 10))
-    finished, logged, _, _ = train_toy(
+    stopped_by, logged, _, _ = train_toy(
         model, [rows(4, s) for s in range(12)], max_steps=12, max_bad_steps=4
     )
-    assert finished and logged[-1][1]["skipped_steps"] == 9
+    assert stopped_by == 0 and logged[-1][1]["skipped_steps"] == 9
 
 
 # ------------------------------------------------------------------------------------------ signals
@@ -305,8 +305,10 @@ def test_sigterm_saves_at_the_next_step_boundary_and_says_how_to_go_on(capsys):
             if self.steps == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    finished, logged, saved, _ = train_toy(Sender(), [rows(4, s) for s in range(6)])
-    assert not finished and saved == [3] and [step for step, _ in logged] == [1, 2, 3]
+    stopped_by, logged, saved, _ = train_toy(Sender(), [rows(4, s) for s in range(6)])
+    assert (
+        stopped_by == signal.SIGTERM and saved == [3] and [step for step, _ in logged] == [1, 2, 3]
+    )
     assert "3 steps are saved" in capsys.readouterr().out
 
 
@@ -342,7 +344,7 @@ def two_rank_work(rank: int, folder: str) -> None:
     ranks = training.Ranks(rank, rank, 2, torch.device("cpu"))
     model = OneRankPoisoned()
     batches = [rows(2 if k == 0 else 9, 2 * s + k) for s in range(6) for k in range(2)]
-    finished, logged, saved, _ = train_toy(model, batches[rank::2], ranks, micro_batches=2)
+    stopped_by, logged, saved, _ = train_toy(model, batches[rank::2], ranks, micro_batches=2)
 
     hopeless = Toy(poison=tuple(range(100)) if rank == 1 else ())
     try:
@@ -357,7 +359,7 @@ def two_rank_work(rank: int, folder: str) -> None:
     }
     torch.save(
         {
-            "finished": finished, "saved": saved, "weights": weights(model), "error": error,
+            "stopped_by": int(stopped_by), "saved": saved, "weights": weights(model), "error": error,
             "skipped": [metrics["skipped_steps"] for _, metrics in logged], "held_out": held_out,
         },
         f"{folder}/{rank}.pt",
@@ -381,7 +383,7 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(both_ranks):
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(both_ranks):
     assert [result["saved"] for result in both_ranks] == [[3], [3]]
-    assert not any(result["finished"] for result in both_ranks)
+    assert [result["stopped_by"] for result in both_ranks] == [signal.SIGTERM] * 2
 
 
 def test_bad_steps_in_a_row_end_all_ranks_alike(both_ranks):
