@@ -1,28 +1,30 @@
-"""Every objective of pre-training, as a pure function of tensors.
+"""Every objective, of pre-training and of fine-tuning, as a pure function of tensors.
 
-SLAM sections 3.2 and 3.3. Each returns sums over masked positions and their count, in fp32, and
-nobody divides here: batches, micro-batches and ranks hold different counts, so the training loop
-divides once, by the count of the whole step. Masked positions come as M rows gathered from the
-batch; `weight` is 0 for the filler that pads M to a static size.
+SLAM sections 3.2 and 3.3. Each returns sums over positions and their count, in fp32, and nobody
+divides here: batches, micro-batches and ranks hold different counts, so the training loop divides
+once, by the count of the whole step. Masked positions come as M rows gathered from the batch;
+`weight` is 0 for the filler that pads M to a static size.
 
 Public:  Loss, sample_negatives, contrastive, diversity, code_prediction, token_prediction,
-         speech_text_matching, ctc, ctc_fits.
-Letters: M masked positions, K negatives, D width, G codebooks, V codes or vocabulary, B rows,
-         T encoder frames, U tokens.
+         speech_text_matching, ctc, ctc_fits, label_smoothed, rnnt.
+Letters: M positions, masked ones or a target's tokens, K negatives, D width, G codebooks, V codes
+         or vocabulary, B rows, T encoder frames, U tokens, N diagonals of a lattice.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 CONTRASTIVE_TEMPERATURE = 0.1  # wav2vec 2.0
 N_NEGATIVES = 100  # K, wav2vec 2.0
-BLANK_ID = 0  # CTC's blank is the padding id, the one that no transcript contains
+BLANK_ID = 0  # CTC's and RNN-T's blank is the padding id, the one that no transcript contains
 
 
 class Loss(NamedTuple):
@@ -220,3 +222,161 @@ def ctc_fits(speech_lens: Tensor, targets: Tensor, target_lens: Tensor) -> Tenso
     inside = torch.arange(1, U, device=targets.device)[None] < target_lens[:, None]
     repeats = ((targets[:, 1:] == targets[:, :-1]) & inside).sum(1)
     return (speech_lens >= target_lens + repeats) & (target_lens > 0)
+
+
+# -------------------------------------------------------------------------------------- fine-tuning
+
+
+def label_smoothed(logits: Tensor, targets: Tensor, weight: Tensor, smoothing: float) -> Loss:
+    """Cross-entropy against a target that keeps 1 - smoothing and gives the rest to all V alike.
+
+    (1 - smoothing) x the target's -log p, plus smoothing x the mean of -log p over the vocabulary.
+
+    Args:   logits (M, V); targets (M,) int64; weight (M,) 1, or 0 for filler; smoothing in [0, 1).
+    Source: Vaswani et al. 2017, section 5.4.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, weight = _wide(logits), _wide(weight)
+        rows = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+        correct = (logits.argmax(-1) == targets).to(weight.dtype) * weight
+        return Loss((rows * weight).sum(), weight.sum(), correct.sum())
+
+
+def rnnt(
+    logits: Tensor,
+    logit_lens: Tensor,
+    targets: Tensor,
+    target_lens: Tensor,
+    blank: int = BLANK_ID,
+) -> Loss:
+    """RNN transducer: -log of the probability of the transcript, summed over all alignments.
+
+    An alignment of row b is a path through a lattice of T_b frames and U_b + 1 places. It starts in
+    cell (0, 0). From cell (t, u), which stands at frame t with u tokens written, it either writes
+    token u and goes to (t, u+1), or takes the blank and goes to (t+1, u). It ends with the blank of
+    (T_b - 1, U_b). Tokens take no time, so a row may have more of them than frames. A path's
+    probability is the product of its steps'; each cell has a softmax of its own.
+
+    Args:    logits (B, T, U+1, V), not soft-maxed, in any float type; logit_lens (B,) int64, T_b;
+             targets (B, U) int64 without blanks; target_lens (B,) int64, U_b; blank its id.
+             Beyond a row's lengths logits may hold any finite and targets any number.
+    Returns: Loss, summed over rows and counted in tokens. A filler row has T_b = U_b = 0 and costs
+             nothing; else T_b is at least 1.
+    Source:  Graves 2012 (arXiv 1211.3711), sections 2.4 and 2.5.
+    """
+    B, T, width, V = logits.shape
+    assert targets.shape == (B, width - 1), f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+    written = torch.arange(width, device=logits.device) < target_lens[:, None]
+    token = F.pad(targets, (0, 1), value=blank).where(written, blank)  # (B, U+1)
+    token = token[:, None].expand(B, T, width)
+    ids = torch.stack([torch.full_like(token, blank), token], dim=-1)  # (B, T, U+1, 2)
+    with torch.autocast(logits.device.type, enabled=False):
+        rows = _PathSum.apply(logits, ids, logit_lens, target_lens)
+    return Loss(rows.sum(), target_lens.sum().to(rows.dtype))
+
+
+# ---------------------------------------------------------------------------------- RNN-T's lattice
+
+
+class _PathSum(torch.autograd.Function):
+    """-log P of each row, (B,), with its gradient in closed form.
+
+    Draw a path of the transcript from the model: let p be the probability that it takes a cell's
+    blank, q that it writes the cell's token there. The gradient by the cell's logits is (p + q)
+    times their softmax, minus p at the blank, minus q at the token. Autograd would get the same,
+    but keep a softmax of the logits' size. Here it is made a second time, a slice of cells at a
+    time, and the gradient is the only tensor as large as the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        logits: Tensor,  # (B, T, U+1, V)
+        ids: Tensor,  # (B, T, U+1, 2): the blank, and the token that the cell may write
+        logit_lens: Tensor,
+        target_lens: Tensor,
+    ) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = torch.empty(ids.shape, dtype=wide, device=logits.device)
+        for part, two, out in _slices(logits, ids, log_probs):
+            out.copy_(_wide(part).log_softmax(-1).gather(1, two))
+        log_p, taken = _path_posteriors(log_probs, logit_lens, target_lens)
+        ctx.save_for_backward(logits, ids, taken)
+        return -log_p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids, taken = ctx.saved_tensors
+        taken = taken * upstream[:, None, None, None]  # p and q
+        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        for part, two, p_q, out in _slices(logits, ids, taken, gradient):
+            wide = _wide(part).softmax(-1).mul_(p_q.sum(1, keepdim=True))
+            out.copy_(wide.scatter_add_(1, two, -p_q))
+        return gradient, None, None, None
+
+
+def _slices(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few cells of (B, T, U+1, V) logits and of others: (cells, V), (cells, ...) views."""
+    few = 2**18 if logits.device.type == "cpu" else 2**26  # fits a CPU's cache; fills a GPU
+    n = max(1, few // logits.shape[-1])
+    return zip(*(x.flatten(0, 2).split(n) for x in (logits, *others)), strict=True)
+
+
+def _path_posteriors(
+    log_probs: Tensor, logit_lens: Tensor, target_lens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum over all paths of each row, and how often each step is taken.
+
+    Cells with the same n = t + u form diagonal n, and both steps lead to diagonal n + 1: the sums
+    run over diagonals, for all rows and all cells of one at once. They are float64, which costs
+    little on tensors V times smaller than the logits: differences of long sums would lose digits.
+
+    Args:    log_probs (B, T, U+1, 2), of the blank and of the token of each cell.
+    Returns: log P (B,); (B, T, U+1, 2) the probability that a path of the transcript takes that
+             step there; both in the type of log_probs.
+    """
+    B, T, width, _ = log_probs.shape
+    frame = torch.arange(T, device=log_probs.device)[:, None]
+    place = torch.arange(width, device=log_probs.device)  # u
+    ends = target_lens[:, None, None]
+    in_row = (frame < logit_lens[:, None, None]) & (place <= ends)  # (B, T, U+1)
+    may_take = torch.stack([in_row, in_row & (place < ends)], dim=-1)
+    steps = log_probs.double().where(may_take, -torch.inf)
+
+    frame_of = torch.arange(T + width - 1, device=log_probs.device)[:, None] - place  # (N, U+1)
+    steps = steps[:, frame_of.clamp(0, T - 1), place]  # (B, N, U+1, 2)
+    steps = steps.where(((frame_of >= 0) & (frame_of < T))[..., None], -torch.inf)
+    log_p, taken = _sweep(*steps.permute(3, 1, 0, 2), logit_lens + target_lens, target_lens)
+    taken = taken.permute(2, 1, 3, 0)[:, frame + place, place]  # (B, T, U+1, 2)
+    return log_p.to(log_probs.dtype), taken.to(log_probs.dtype)
+
+
+def _sweep(
+    blank: Tensor, token: Tensor, end_diagonal: Tensor, end_place: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward over the diagonals (Graves 2012, equations 16 to 19).
+
+    Place u of diagonal n goes by its blank to place u of diagonal n + 1, by its token to u + 1.
+
+    Args:    blank, token (N, B, U+1) log-probabilities, -inf where a row has no such step;
+             end_diagonal, end_place (B,): where the last blank of each row leads.
+    Returns: log P (B,); (2, N, B, U+1) probabilities that a path takes the blank, the token.
+    """
+    N, B, width = blank.shape
+    # One place more than there is, so that the last place's token (-inf) has somewhere to lead.
+    alpha = blank.new_full((N + 1, B, width + 1), -torch.inf)  # of coming from the start to here
+    beta = torch.full_like(alpha, -torch.inf)  # of coming from here to the end
+    alpha[0, :, 0] = 0
+    beta[end_diagonal, torch.arange(B, device=blank.device), end_place] = 0
+    for n in range(N):
+        alpha[n + 1, :, :-1] = alpha[n, :, :-1] + blank[n]
+        by_token = alpha[n, :, :-1] + token[n]
+        alpha[n + 1, :, 1:] = torch.logaddexp(alpha[n + 1, :, 1:], by_token)
+    for n in reversed(range(N)):
+        onward = torch.logaddexp(blank[n] + beta[n + 1, :, :-1], token[n] + beta[n + 1, :, 1:])
+        beta[n, :, :-1] = torch.logaddexp(beta[n, :, :-1], onward)
+    log_p = beta[0, :, 0]
+    here = alpha[:-1, :, :-1] - log_p[:, None]
+    paths = torch.stack([here + blank + beta[1:, :, :-1], here + token + beta[1:, :, 1:]])
+    return log_p, paths.exp()
