@@ -259,7 +259,7 @@ def rnnt(
 
     Args:    logits (B, T, U+1, V), not soft-maxed, in any float type; logit_lens (B,) int64, T_b;
              targets (B, U) int64 without blanks; target_lens (B,) int64, U_b; blank its id.
-             Beyond a row's lengths logits may hold any finite and targets any number.
+             Beyond a row's lengths logits may hold any finite numbers, targets any ids.
     Returns: Loss, summed over rows and counted in tokens. A filler row has T_b = U_b = 0 and costs
              nothing; else T_b is at least 1.
     Source:  Graves 2012 (arXiv 1211.3711), sections 2.4 and 2.5.
@@ -297,6 +297,8 @@ class _PathSum(torch.autograd.Function):
         target_lens: Tensor,
     ) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
+        # Filled in place: small results kept between the slices would leave a CPU's heap full of
+        # holes, together as large as the logits.
         log_probs = torch.empty(ids.shape, dtype=wide, device=logits.device)
         for part, two, out in _slices(logits, ids, log_probs):
             out.copy_(_wide(part).log_softmax(-1).gather(1, two))
@@ -355,7 +357,7 @@ def _path_posteriors(
 def _sweep(
     blank: Tensor, token: Tensor, end_diagonal: Tensor, end_place: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward over the diagonals (Graves 2012, equations 16 to 19).
+    """Forward and backward over the diagonals (Graves 2012, section 2.4).
 
     Place u of diagonal n goes by its blank to place u of diagonal n + 1, by its token to u + 1.
 

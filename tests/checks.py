@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import signal
 from types import ModuleType
 from unittest import mock
@@ -339,6 +340,147 @@ def check_diversity_grows_with_the_frames(losses: ModuleType, quantizer: ModuleT
     assert float(sums[0].sum) > 0
     assert abs(float(sums[1].sum) - 2 * float(sums[0].sum)) < 1e-4
     assert float(sums[1].count) == 2 * float(sums[0].count) == 20
+
+
+# ------------------------------------------------------------------------------------------ RNN-T
+
+
+def rnnt_path_sum(logits: Tensor, target: list[int], blank: int) -> Tensor:
+    """-log of the summed probability of every path, one path at a time: logits (T, U+1, V) -> ().
+
+    A path is which of its first T + U - 1 steps write a token; its last step is a blank.
+    """
+    T, U = logits.shape[0], logits.shape[1] - 1
+    log_probs, paths = logits.log_softmax(-1), []
+    for writes in itertools.combinations(range(T + U - 1), U):
+        t, u, path = 0, 0, logits.new_zeros(())
+        for step in range(T + U):
+            if step in writes:
+                path, u = path + log_probs[t, u, target[u]], u + 1
+            else:
+                path, t = path + log_probs[t, u, blank], t + 1
+        paths.append(path)
+    return -torch.stack(paths).logsumexp(0)
+
+
+def rnnt_batch(blank: int, V: int = 5) -> tuple[Tensor, ...]:
+    """Logits, lens, targets, target_lens: rows with more frames than tokens, fewer, as many."""
+    generator = torch.Generator().manual_seed(0)
+    lens, target_lens = torch.tensor([4, 1, 3, 1, 2, 4]), torch.tensor([2, 3, 3, 1, 0, 0])
+    logits = 2 * torch.randn(6, 4, 4, V, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, V - 1, (6, 3), generator=generator)
+    return logits, lens, targets + (targets >= blank), target_lens
+
+
+def rnnt_by_paths(logits: Tensor, lens: Tensor, targets: Tensor, target_lens: Tensor, blank: int):
+    """() the sum over rows of rnnt_path_sum."""
+    rows = zip(logits, lens.tolist(), targets.tolist(), target_lens.tolist(), strict=True)
+    return sum(rnnt_path_sum(x[:t, : u + 1], ids[:u], blank) for x, t, ids, u in rows)
+
+
+def check_rnnt_equals_the_sum_over_paths(module: ModuleType) -> None:
+    """Loss and gradient are those of enumerating all paths, with the blank first or last."""
+    for blank in (0, 4):
+        logits, *rest = rnnt_batch(blank)
+        logits.requires_grad_()
+        loss, expected = module.rnnt(logits, *rest, blank), rnnt_by_paths(logits, *rest, blank)
+        assert abs(float((loss.sum - expected).detach())) < 1e-10, "the loss differs"
+        assert float(loss.count) == float(rest[2].sum())
+        (gradient,) = torch.autograd.grad(loss.sum, logits)
+        (slow,) = torch.autograd.grad(expected, logits)
+        assert float((gradient - slow).abs().max()) < 1e-10, "the gradient differs"
+
+
+def check_rnnt_ignores_padding(module: ModuleType) -> None:
+    """What stands beyond a row's lengths, 1e30 or any id, has no effect and no gradient."""
+    logits, lens, targets, target_lens = rnnt_batch(0)
+    inside = conformer.valid_mask(lens, 6)[:, :, None]
+    inside = inside & conformer.valid_mask(target_lens + 1, 6)[:, None]  # (B, 6, 6)
+    wide = torch.full((6, 6, 6, 5), 1e30, dtype=torch.float64)
+    wide[:, :4, :4] = logits
+    wide = wide.where(inside[..., None], 1e30 * torch.randn(wide.shape, dtype=torch.float64))
+    more = torch.full((6, 5), 10**9)
+    more[:, :3] = targets
+    more = more.where(conformer.valid_mask(target_lens, 5), 10**9)
+    own, padded = logits.clone().requires_grad_(), wide.requires_grad_()
+    one = module.rnnt(own, lens, targets, target_lens)
+    two = module.rnnt(padded, lens, more, target_lens)
+    assert abs(float((one.sum - two.sum).detach())) < 1e-10, "padding changes the loss"
+    assert float(one.count) == float(two.count)
+    (gradient,) = torch.autograd.grad(two.sum, padded)
+    assert bool((gradient[~inside] == 0).all()), "padding has a gradient"
+    (expected,) = torch.autograd.grad(one.sum, own)
+    assert float((gradient[:, :4, :4] - expected).abs().max()) < 1e-10
+
+
+def small_transducer(module: ModuleType, seed: int = 0, V: int = 3) -> nn.Module:
+    """Float64, in eval mode, with weights large enough for its steps to differ."""
+    torch.manual_seed(seed)
+    model = module.Transducer(V, 4, dim=6, n_layers=2, joint_dim=6, dropout=0.1).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 2
+    return model
+
+
+@torch.no_grad()
+def check_beam_finds_the_best_of_all(module: ModuleType) -> None:
+    """A beam that holds everything: each transcript of up to 3 tokens, in order of its probability.
+
+    Each transcript is scored by enumerating its paths.
+    """
+    for seed in range(3):
+        model, lens = small_transducer(module, seed), torch.tensor([4, 2, 1])
+        states = torch.randn(3, 4, 4, dtype=torch.float64)
+        found = model.beam(states, lens, width=40, u_max=3)
+        for b, n in enumerate(lens.tolist()):
+            expected = {}
+            for ids in itertools.chain(*(itertools.product((1, 2), repeat=u) for u in range(4))):
+                targets, u = torch.tensor([ids], dtype=torch.int64), torch.tensor([len(ids)])
+                logits = model(states[b : b + 1, :n], lens[b : b + 1], targets, u)
+                expected[ids] = -float(rnnt_path_sum(logits[0], list(ids), 0))
+            order = sorted(expected, key=expected.get, reverse=True)
+            assert [tuple(h.tokens) for h in found[b]] == order, "not all, or not in order"
+            for hypothesis in found[b]:
+                assert abs(hypothesis.score - expected[tuple(hypothesis.tokens)]) < 1e-9
+
+
+def reciting_transducer(module: ModuleType, sequence: list[int], V: int) -> nn.Module:
+    """A transducer whose logits force a sequence of different ids, whatever it hears.
+
+    Its LSTM has no memory: it passes the id on that it read. Each id calls for the one after it,
+    the blank for the first, the last for the blank.
+    """
+    model = module.Transducer(V, 2, dim=V, n_layers=1, joint_dim=V, dropout=0.0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.embedding.weight.copy_(10 * torch.eye(V))
+        model.lstm.weight_ih_l0[2 * V : 3 * V] = torch.eye(V)
+        gates = torch.tensor([30.0, -30.0, 0.0, 30.0])  # in, forget, cell, out
+        model.lstm.bias_ih_l0.copy_(gates.repeat_interleave(V))
+        model.from_text.weight.copy_(10 * torch.eye(V))
+        for read, wanted in itertools.pairwise([0, *sequence, 0]):
+            model.out.weight[wanted, read] = 50
+    return model
+
+
+@torch.no_grad()
+def check_recognition_begins_as_training_does(losses: ModuleType, module: ModuleType) -> None:
+    """A transducer that can only recite: the loss is 0, both searches find what it recites.
+
+    icefall#324: one "token before the first" in training and another in decoding.
+    """
+    sequence, states, lens = [3, 1, 4, 2], torch.randn(2, 3, 2), torch.tensor([3, 1])
+    model, targets = reciting_transducer(module, sequence, 6), torch.tensor([sequence] * 2)
+    target_lens = torch.tensor([4, 4])
+    logits = model(states, lens, targets, target_lens)
+    assert float(losses.rnnt(logits, lens, targets, target_lens).sum) < 1e-3
+    assert model.greedy(states, lens) == [sequence] * 2
+    for width in (1, 3):
+        best = [row[0] for row in model.beam(states, lens, width, u_max=8)]
+        assert [hypothesis.tokens for hypothesis in best] == [sequence] * 2
+        assert all(abs(hypothesis.score) < 1e-3 for hypothesis in best)
 
 
 # -------------------------------------------------------------------------------------- the model

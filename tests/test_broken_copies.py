@@ -166,6 +166,49 @@ FAULTS = {
         ".sum(0)  # (G, V)",
         lambda module: checks.check_diversity_grows_with_the_frames(losses, module),
     ),
+    # RNN-T
+    "a token is read a frame late": Fault(
+        "losses",
+        "by_token = alpha[n, :, :-1] + token[n]\n",
+        "by_token = alpha[n, :, :-1] + token[min(n + 1, N - 1)]\n",
+        checks.check_rnnt_equals_the_sum_over_paths,
+    ),
+    "tokens are written after the last frame": Fault(
+        "losses",
+        "in_row = (frame < logit_lens[:, None, None]) & (place <= ends)",
+        "in_row = (frame < T) & (place <= ends)",
+        checks.check_rnnt_equals_the_sum_over_paths,
+    ),
+    "the blank has no gradient of its own": Fault(
+        "losses",
+        "out.copy_(wide.scatter_add_(1, two, -p_q))",
+        "out.copy_(wide.scatter_add_(1, two[:, 1:], -p_q[:, 1:]))",
+        checks.check_rnnt_equals_the_sum_over_paths,
+    ),
+    "cells that no path visits have a gradient": Fault(
+        "losses",
+        ".softmax(-1).mul_(p_q.sum(1, keepdim=True))",
+        ".softmax(-1)",
+        checks.check_rnnt_ignores_padding,
+    ),
+    "the beam keeps alignments of one transcript apart": Fault(
+        "rnnt",
+        "total = _merge(score[..., None] + steps, score, prefixes)",
+        "total = score[..., None] + steps",
+        checks.check_beam_finds_the_best_of_all,
+    ),
+    "a complete hypothesis pays for further blanks": Fault(
+        "rnnt",
+        "steps[..., BLANK_ID].masked_fill(complete, 0.0)",
+        "steps[..., BLANK_ID].clone()",
+        checks.check_beam_finds_the_best_of_all,
+    ),
+    "recognition begins from another id than training": Fault(
+        "rnnt",
+        "self.write(torch.full((n_rows, 1), BLANK_ID, device=device))",
+        "self.write(torch.full((n_rows, 1), BLANK_ID + 1, device=device))",
+        lambda module: checks.check_recognition_begins_as_training_does(losses, module),
+    ),
     # training
     "each rank divides by its own count": Fault(
         "training",
