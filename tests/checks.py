@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import signal
+from collections.abc import Iterable
 from types import ModuleType
 from unittest import mock
 
@@ -19,8 +21,8 @@ from torch import Tensor, nn
 
 import conformer
 import data
-from conformer import CLS_ID, MASK_ID, N_MELS, N_SPECIAL, PAD_ID
-from losses import Loss
+from conformer import CLS_ID, MASK_ID, N_MELS, N_SPECIAL, PAD_ID, SEP_ID
+from losses import BLANK_ID, Loss
 
 MICRO = dict(
     vocab_size=40, speech_layers=2, mm_layers=2, d_model=32, d_ff=48, n_heads=2, conv_kernel=5,
@@ -481,6 +483,171 @@ def check_recognition_begins_as_training_does(losses: ModuleType, module: Module
         best = [row[0] for row in model.beam(states, lens, width, u_max=8)]
         assert [hypothesis.tokens for hypothesis in best] == [sequence] * 2
         assert all(abs(hypothesis.score) < 1e-3 for hypothesis in best)
+
+
+# --------------------------------------------------------------------------------------- decoders
+
+
+def label_scores(log_probs: Tensor) -> dict[tuple[int, ...], float]:
+    """The log-probability of every label sequence of (T, V), by going through all V^T paths."""
+    T, V = log_probs.shape
+    total = {}
+    for path in itertools.product(range(V), repeat=T):
+        probability = math.exp(sum(float(log_probs[t, v]) for t, v in enumerate(path)))
+        total[collapsed(path)] = total.get(collapsed(path), 0.0) + probability
+    return {labels: math.log(probability) for labels, probability in total.items()}
+
+
+def collapsed(path: Iterable[int]) -> tuple[int, ...]:
+    """The labels of a CTC path: runs merged, then blanks removed."""
+    return tuple(v for v, _ in itertools.groupby(path) if v != BLANK_ID)
+
+
+def check_prefix_beam_sums_over_alignments(module: ModuleType, T: int = 5, V: int = 3) -> None:
+    """With a beam wide enough for everything: all label sequences, with their full probability."""
+    torch.manual_seed(0)
+    log_probs = (2 * torch.randn(3, T, V, dtype=torch.float64)).log_softmax(-1)
+    lens = torch.tensor([T, T - 1, 1])
+    for row, n, hypotheses in zip(
+        log_probs, lens, module.ctc_prefix_beam(log_probs, lens, V**T), strict=True
+    ):
+        expected = label_scores(row[:n])
+        assert {tuple(h.tokens) for h in hypotheses} == expected.keys()
+        assert len(hypotheses) == len(expected), "a sequence is there twice"
+        for tokens, score in hypotheses:
+            assert abs(score - expected[tuple(tokens)]) < 1e-9, (tokens, score)
+        scores = [h.score for h in hypotheses]
+        assert scores == sorted(scores, reverse=True), "not the best first"
+
+
+def check_alignment_is_the_best_path(module: ModuleType) -> None:
+    """Score and spans are those of the best of all paths that collapse to the targets."""
+    torch.manual_seed(0)
+    for T, targets in ((4, [1, 2]), (5, [1, 1]), (6, [2, 2, 1]), (3, [1, 1]), (3, [2, 1, 2]),
+                       (1, [2]), (3, [])):  # fmt: skip
+        log_probs = (2 * torch.randn(T, 3, dtype=torch.float64)).log_softmax(-1)
+        spans, score = module.ctc_align(log_probs, torch.tensor(targets, dtype=torch.int64))
+        paths = itertools.product(range(3), repeat=T)
+        best = max(
+            sum(float(log_probs[t, v]) for t, v in enumerate(path))
+            for path in paths
+            if collapsed(path) == tuple(targets)
+        )
+        assert abs(score - best) < 1e-9, f"{targets} in {T} frames: {score}, not {best}"
+        assert spans.shape == (len(targets), 2) and spans.dtype == torch.int64
+        path = [BLANK_ID] * T
+        for token, (first, last) in zip(targets, spans.tolist(), strict=True):
+            assert 0 <= first <= last < T
+            path[first : last + 1] = [token] * (last + 1 - first)
+        along = sum(float(log_probs[t, v]) for t, v in enumerate(path))
+        assert collapsed(path) == tuple(targets) and abs(along - score) < 1e-9
+
+
+def small_decoder(module: ModuleType, seed: int = 0, sharpness: float = 5.0, **changes: object):
+    """A decoder of random weights in float64, eval mode, whose answers are not all alike."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=5, memory_dim=6, dim=8, n_layers=2, n_heads=2, d_ff=12, dropout=0.1)
+    decoder = ruffled(module.TransformerDecoder(**{**sizes, "n_tags": 3, **changes}), seed)
+    with torch.no_grad():
+        decoder.output.weight *= sharpness
+    return decoder.double().eval()
+
+
+def decoder_inputs(lens: tuple[int, ...] = (7, 3, 5), seed: int = 0, memory_dim: int = 6):
+    """(memory, memory_lens, tags): random states, another tag for each row."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(lens), max(lens), memory_dim
+    memory = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return memory, torch.tensor(lens), torch.arange(len(lens)) % 3
+
+
+def with_fixed_answers(module: ModuleType, probabilities: dict[int, float]):
+    """A decoder that gives each token the same probability at every position."""
+    decoder = small_decoder(module)
+    with torch.no_grad():
+        decoder.output.weight.zero_()
+        decoder.output.bias.fill_(-1e4)
+        for token, probability in probabilities.items():
+            decoder.output.bias[token] = math.log(probability)
+    return decoder
+
+
+@torch.no_grad()
+def check_decoder_ignores_memory_padding(module: ModuleType) -> None:
+    """A row alone, and in a batch whose padding holds 1e3; a row of no frames reads nothing."""
+    decoder, (memory, lens, tags) = small_decoder(module), decoder_inputs((7, 1, 4, 0))
+    tokens = torch.randint(0, 5, (4, 6))
+    together = decoder(tokens, tags, _junk_beyond(memory, lens, 12), lens)
+    assert torch.isfinite(together).all()
+    other = decoder(tokens, tags, _junk_beyond(memory, lens, 12, junk=-7.0), lens)
+    assert torch.equal(together, other), "what the padding holds matters"
+    for b, n in enumerate(lens.tolist()):
+        row = slice(b, b + 1)
+        alone = decoder(tokens[row], tags[row], memory[row, : max(n, 1)], lens[row])
+        difference = apart(together[b], alone[0])
+        assert difference < 1e-10, f"row {b} of {n}: {difference:.2e} away from itself alone"
+
+
+@torch.no_grad()
+def sequence_scores(decoder, tokens: Tensor, tag: Tensor, memory: Tensor) -> list[float]:
+    """Log-probabilities of (N, U) whole sequences and their ends, by forward, without a cache."""
+    N, U = tokens.shape
+    memory, lens = memory.expand(N, -1, -1), torch.full((N,), memory.shape[0])
+    log_probs = decoder(tokens, tag.expand(N), memory, lens).log_softmax(-1)
+    targets = torch.cat([tokens, torch.full((N, 1), SEP_ID)], dim=1)
+    return log_probs.gather(2, targets[..., None]).sum((1, 2)).tolist()
+
+
+def check_beam_scores_are_those_of_forward(module: ModuleType) -> None:
+    """A hypothesis that the search returns has the score that forward gives to its tokens."""
+    changed_places = 0
+    for seed in range(8):
+        decoder, (memory, lens, tags) = small_decoder(module, seed), decoder_inputs()
+        for b, n_best in enumerate(decoder.beam(memory, lens, tags, 3, 7)):
+            changed_places += n_best[0].tokens != decoder.greedy(memory, lens, tags, 7)[b]
+            for tokens, score in n_best:
+                its_tokens = torch.tensor([tokens], dtype=torch.int64)
+                (expected,) = sequence_scores(decoder, its_tokens, tags[b], memory[b, : lens[b]])
+                if len(tokens) < 7:  # else it may be one that did not end
+                    assert abs(score - expected) < 1e-9, f"{tokens}: {score}, not {expected}"
+    assert changed_places, "the best hypothesis was always the first: this shows nothing"
+
+
+def check_exhaustive_beam_finds_the_best(module: ModuleType, alpha: float = 0.0) -> None:
+    """A beam wide enough for everything ranks all sequences as brute force does."""
+    decoder, (memory, lens, tags) = small_decoder(module, sharpness=2.0), decoder_inputs((4, 2))
+    V, limits = 5, torch.tensor([3, 2])
+    found = decoder.beam(memory, lens, tags, 4**3 * V, limits, alpha)
+    for b, n_best in enumerate(found):
+        expected = {}
+        for U in range(int(limits[b]) + 1):
+            labels = [v for v in range(V) if v != SEP_ID]
+            every = list(itertools.product(labels, repeat=U))
+            tokens = torch.tensor(every, dtype=torch.int64).view(len(every), U)
+            scores = sequence_scores(decoder, tokens, tags[b], memory[b, : lens[b]])
+            expected |= dict(zip(every, scores, strict=True))
+        ranked = sorted(
+            expected, key=lambda t: expected[t] / ((5 + len(t)) / 6) ** alpha, reverse=True
+        )
+        assert [tuple(h.tokens) for h in n_best] == ranked
+        assert all(abs(h.score - expected[tuple(h.tokens)]) < 1e-9 for h in n_best)
+
+
+def check_length_penalty_prefers_longer_answers(module: ModuleType) -> None:
+    """Token 1 or the end, with the same odds at every position: an empty answer is the likeliest.
+
+    A penalty turns to the longest one. Where token 1 is improbable, that one is only met by a
+    search that looks past answers that rank better for the time being.
+    """
+    for p, limit, alphas in ((0.8, 6, (0.0, 0.5, 0.8, 1.0, 2.0)), (0.2, 40, (0.0, 1.0, 2.0, 3.0))):
+        decoder = with_fixed_answers(module, {1: p, SEP_ID: 1 - p})
+        lengths = []
+        for alpha in alphas:
+            tokens, score = decoder.beam(*decoder_inputs((2,)), 2, limit, alpha)[0][0]
+            lengths.append(len(tokens))
+            expected = len(tokens) * math.log(p) + math.log(1 - p)
+            assert abs(score - expected) < 1e-9, "the score is not the plain log-probability"
+        assert lengths == sorted(lengths) and lengths[0] == 0 and lengths[-1] == limit, lengths
 
 
 # -------------------------------------------------------------------------------------- the model
