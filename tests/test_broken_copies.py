@@ -208,6 +208,50 @@ FAULTS = {
         "self.write(torch.full((n_rows, 1), BLANK_ID, device=device))",
         "self.write(torch.full((n_rows, 1), BLANK_ID + 1, device=device))",
         lambda module: checks.check_recognition_begins_as_training_does(losses, module),
+
+
+    # decoders
+    "paths to one prefix are not added up": Fault(
+        "decoders",
+        "longer[1] = _log_add(longer[1], total + p)",
+        "longer[1] = total + p",
+        checks.check_prefix_beam_sums_over_alignments,
+    ),
+    "a label comes again without a blank": Fault(
+        "decoders",
+        "longer[1] = _log_add(longer[1], blank + p)",
+        "longer[1] = _log_add(longer[1], total + p)",
+        checks.check_prefix_beam_sums_over_alignments,
+    ),
+    "equal neighbours are aligned without a blank": Fault(
+        "decoders",
+        "may_skip[3::2] = targets[1:] != targets[:-1]",
+        "may_skip[3::2] = True",
+        checks.check_alignment_is_the_best_path,
+    ),
+    "the decoder reads the memory's padding": Fault(
+        "decoders",
+        "readable = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]",
+        "readable = torch.ones_like(valid)[:, None, None, :]",
+        checks.check_decoder_ignores_memory_padding,
+    ),
+    "rows without memory read padding": Fault(
+        "decoders",
+        "        memory = memory.masked_fill(~valid[..., None], 0)\n",
+        "",
+        checks.check_decoder_ignores_memory_padding,
+    ),
+    "hypotheses go on from another's past": Fault(
+        "decoders",
+        "            state = state.reordered((first + source).flatten())\n",
+        "",
+        checks.check_beam_scores_are_those_of_forward,
+    ),
+    "the search gives up on answers that would grow long": Fault(
+        "decoders",
+        "hopeless = length_penalised(best_live, self.limit, self.alpha) <= worst",
+        "hopeless = length_penalised(best_live, tokens.shape[1] - 1, self.alpha) <= worst",
+        checks.check_length_penalty_prefers_longer_answers,
     ),
     # training
     "each rank divides by its own count": Fault(
