@@ -1,11 +1,12 @@
-"""Files on disk: manifests, audio, tokenizers, text, and importers that make manifests of corpora.
+"""Files on disk: manifests, audio, tokenizers, text, tasks, and importers of distributed corpora.
 
 A manifest is JSON lines in the NeMo convention (`audio_filepath`, `offset`, `duration`, `text`,
 further fields kept). Text is plain lines, a blank one between documents, tokenised once into a
 memory-mapped file. What batches are made of all this is data.py's business.
 
-Public:  Manifest, read_audio, Tokenizer, TextCorpus, librispeech_manifest, directory_manifest,
-         check_manifest, Report.
+Public:  Manifest, read_audio, Tokenizer, TextCorpus, librispeech_manifest, covost_manifest,
+         directory_manifest, check_manifest, Report; GLUE, read_glue, read_textnorm, TextExample,
+         SpokenToken.
 Letters: N wave samples, V vocabulary, n rows.
 """
 
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -41,10 +43,18 @@ from conformer import (
 from training import write_atomically
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+# Every tokenizer has these, even if its text spells numbers out: text normalisation reads them.
+REQUIRED_CHARACTERS = "0123456789.,;:!?'\"-$%&/()"
 MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
 MAX_S = 1e8  # three years: a duration or offset beyond is a mistake
 NO_CHARACTER = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, files and tokenizers cannot
 SEEK_LEAD = 9216  # samples decoded ahead of the wanted ones: an MP3 frame needs the ones before it
+
+
+def paths_of(comma_list: str | None) -> list[Path]:
+    """`a.jsonl,b.jsonl` -> [Path, Path]."""
+    return [Path(part) for part in (comma_list or "").split(",") if part]
+
 
 # ---------------------------------------------------------------------------------------- manifests
 
@@ -237,10 +247,13 @@ class Tokenizer:
         vocab_size: int,
         text_case: str = "lower",
         model_type: str = "unigram",
+        symbols: Iterable[str] = (),
     ) -> Tokenizer:
         """Train on lines of text; the same lines give the same bytes.
 
         UNSPECIFIED IN PAPER: model type and letter case. A small corpus may give fewer pieces.
+
+        Args:   symbols  strings that are one piece each wherever they occur.
         Raises: ValueError where there is no text, or too little vocabulary for its characters.
         """
         assert text_case in ("lower", "keep"), text_case
@@ -258,12 +271,15 @@ class Tokenizer:
                 bos_id=-1,
                 eos_id=-1,
                 control_symbols=["[CLS]", "[SEP]", "[MASK]"],  # take ids 2, 3, 4
+                user_defined_symbols=list(symbols),
+                required_chars=REQUIRED_CHARACTERS,
                 max_sentence_length=16384,  # bytes; longer lines are skipped
                 num_threads=1,  # sums in one order: reproducible to the byte
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = str(error).split("] ")[-1].strip() or "is there any text?"
+            reason = str(error).split("] ")[-1].split(" Increase")[0].strip()
+            reason = reason or "is there any text?"
             raise ValueError(f"no tokenizer of --vocab-size {vocab_size}: {reason}") from error
         return cls(sink.getvalue())
 
@@ -404,8 +420,10 @@ class Report:
         self.rejected[reason] = (count + 1, first)
 
     def __str__(self) -> str:
-        speakers = f"{len(self.speakers) or 'unknown'} speakers"
-        lines = [f"{self.rows} rows, {self.seconds / 3600:.2f} hours, {speakers}"]
+        lines = [f"{self.rows} rows"]
+        if self.seconds:
+            lines[0] += f", {self.seconds / 3600:.2f} hours"
+            lines[0] += f", {len(self.speakers) or 'unknown'} speakers"
         for reason, (count, first) in self.rejected.items():
             lines.append(f"rejected {count}: {reason} (first: {first})")
         return "\n".join(lines)
@@ -497,6 +515,72 @@ def _chapter_rows(chapter: Path, split: str, report: Report) -> Iterator[dict]:
         report.reject("audio without transcript", str(path))
 
 
+def covost_manifest(
+    root: Path | str, out: Path | str, tsv: Path | str, splits: Iterable[str] | None = None
+) -> Report:
+    """Manifest of CoVoST 2: its table of translations joined with Common Voice's clips by path.
+
+    A row has "text" (the sentence), "translation" and "target_lang".
+
+    Args:    root    Common Voice's folder of the source language, with validated.tsv and clips/.
+             tsv     covost_v2.en_de.tsv or alike; the name's ending tells the target language.
+             splits  of its column `split`; None takes all. `train` alone is Common Voice's own;
+                     CoVoST 2 trains on `train,train_covost`.
+    Raises:  FileNotFoundError; ValueError for missing columns, or where nothing is usable.
+    """
+    root, tsv, report = Path(root).resolve(), Path(tsv), Report()
+    if not (named := re.search(r"\.[a-z-]+_([a-z-]+)\.tsv$", tsv.name, re.IGNORECASE)):
+        raise ValueError(f"{tsv}: no target language in its name; expected covost_v2.en_de.tsv")
+    columns = ("path", "sentence", "client_id")
+    clips = {row["path"]: row for row in read_table(root / "validated.tsv", columns, report)}
+    wanted = None if splits is None else set(splits)
+
+    def candidates() -> Iterator[dict]:
+        for row in read_table(tsv, ("path", "translation", "split"), report):
+            clip = clips.get(row["path"])
+            if wanted is not None and row["split"] not in wanted:
+                continue
+            if clip is None:
+                report.reject("path is not in validated.tsv", row["path"])
+            elif not row["translation"].strip() or not clip["sentence"].strip():
+                report.reject("empty sentence or translation", row["path"])
+            else:
+                yield {
+                    "audio_filepath": str(root / "clips" / row["path"]),
+                    "text": clip["sentence"],
+                    "translation": row["translation"],
+                    "target_lang": named[1].lower(),
+                    "id": row["path"],
+                    "speaker": clip["client_id"],
+                    "split": row["split"],
+                }
+
+    return _write_manifest(Path(out), candidates(), report)
+
+
+def read_table(path: Path, columns: Iterable[str], report: Report) -> Iterator[dict[str, str]]:
+    """Rows of a tab-separated file with a header; quotes mean nothing.
+
+    Rows with another number of cells than the header are counted in the report and left out.
+    Raises: FileNotFoundError; ValueError for a missing column, or where it is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            header = next(lines, "").rstrip("\r\n").split("\t")
+            if missing := [name for name in columns if name not in header]:
+                raise ValueError(f"{path}: no column {missing[0]!r}; the header has {header}")
+            for number, line in enumerate(lines, 2):
+                cells = line.rstrip("\r\n").split("\t")
+                if len(cells) != len(header):
+                    report.reject(f"not {len(header)} cells", f"{path}:{number}")
+                else:
+                    yield dict(zip(header, cells))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason})") from error
+
+
 def directory_manifest(root: Path | str, out: Path | str) -> Report:
     """Manifest of all audio below a folder; the .txt of the same name is its transcript, if any."""
     root = Path(root).resolve()
@@ -549,3 +633,97 @@ def _audio_fault(path: Path, row: dict) -> tuple[str, str] | None:
     if seconds < row["duration"] - 0.1:
         return "audio ends before its row does", f"{path}: {seconds:.2f} s of {row['duration']:g} s"
     return None
+
+
+# ------------------------------------------------------------------------------------- text tasks
+
+
+class GlueTask(NamedTuple):
+    """How a GLUE task's files look."""
+
+    folder: str
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]  # columns of the sentence, or of both
+    label: str  # column of the label; test files have none
+
+
+GLUE = {
+    "mnli": GlueTask(
+        "MNLI",
+        ("entailment", "neutral", "contradiction"),
+        ("sentence1", "sentence2"),
+        "gold_label",
+    ),
+    "qnli": GlueTask("QNLI", ("entailment", "not_entailment"), ("question", "sentence"), "label"),
+    "qqp": GlueTask("QQP", ("0", "1"), ("question1", "question2"), "is_duplicate"),
+    "sst2": GlueTask("SST-2", ("0", "1"), ("sentence",), "label"),
+}
+
+
+class TextExample(NamedTuple):
+    """A sentence or a pair of sentences, and its label where the file has one."""
+
+    id: str
+    texts: tuple[str, ...]
+    label: str | None
+
+
+def read_glue(task: str, paths: Iterable[Path | str]) -> tuple[list[TextExample], Report]:
+    """Examples of a GLUE task's TSV files as they are distributed.
+
+    Malformed rows, of which QQP has some, and labels that the task does not have ("-" in MNLI) are
+    counted in the report and left out. A file without the column of labels is a test file.
+    Raises: FileNotFoundError; ValueError for a missing column, or where nothing is usable.
+    """
+    its, report, examples = GLUE[task], Report(), []
+    for path in map(Path, paths):
+        for number, row in enumerate(read_table(path, its.texts, report)):
+            label = row.get(its.label)
+            name = row.get("index", row.get("id", str(number)))
+            if label is not None and label not in its.labels:
+                report.reject(f"label is not one of {', '.join(its.labels)}", f"{path}: {name}")
+            else:
+                texts = tuple(row[column] for column in its.texts)
+                examples.append(TextExample(name, texts, label))
+    report.rows = len(examples)
+    report.demand_rows(f"{task} {', '.join(map(str, paths))}")
+    return examples, report
+
+
+class SpokenToken(NamedTuple):
+    """A written token and how it is read out; what they call a semiotic class says what it is."""
+
+    semiotic_class: str  # PLAIN, PUNCT, DATE, MONEY, ...
+    written: str
+    spoken: str  # "<self>": as it is written; "sil": not at all
+
+
+def read_textnorm(paths: Iterable[Path | str]) -> tuple[list[list[SpokenToken]], Report]:
+    """Sentences of Google's text normalisation files: class, written and spoken form a line.
+
+    A line `<eos>` ends a sentence. Of a folder all its files output-*-of-* are read.
+    Raises: FileNotFoundError; ValueError where nothing is usable.
+    """
+    report, sentences = Report(), []
+    files = [
+        file
+        for path in map(Path, paths)
+        for file in (sorted(path.glob("output-*-of-*")) if path.is_dir() else [path])
+    ]
+    for path in files:
+        sentence: list[SpokenToken] = []
+        for number, line in enumerate(read_lines(path), 1):
+            cells = line.split("\t")
+            if cells[0] == "<eos>":
+                if sentence:
+                    sentences.append(sentence)
+                sentence = []
+            elif len(cells) == 3:
+                sentence.append(SpokenToken(*cells))
+            else:
+                report.reject("not class, written, spoken", f"{path}:{number}")
+        if sentence:
+            report.reject("sentence without <eos>", str(path))
+    report.rows = len(sentences)
+    report.demand_rows(f"text normalisation {', '.join(map(str, paths))}")
+    return sentences, report

@@ -10,9 +10,9 @@ Nothing here keeps state or touches a global random generator: what row 7 is lik
 on (seed, 3, 7) alone, never on the number of workers or ranks, nor on what was read before. So a
 run resumes with one integer, the step.
 
-Public:  mask_budget, span_mask, mask_text, row_rng, joint_bucket, BatchPlan, SpeechBatch,
-         TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, PretrainData, HeldOut,
-         feature_statistics. Commands: tokenizer, manifest, check (their work is done in
+Public:  mask_budget, span_mask, mask_text, spec_augment, row_rng, joint_bucket, BatchPlan,
+         SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, PretrainData,
+         HeldOut, feature_statistics. Commands: tokenizer, manifest, check (their work is done in
          corpora.py).
 Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
          positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
@@ -29,7 +29,7 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -59,6 +59,7 @@ from corpora import (
     TextCorpus,
     Tokenizer,
     check_manifest,
+    covost_manifest,
     directory_manifest,
     librispeech_manifest,
     parse_rows,
@@ -68,6 +69,7 @@ from corpora import (
     row_fault,
     too_short,
 )
+from training import TensorBatch
 
 # w2v-BERT: a span of 10 frames starts anywhere with p = 0.065, which covers 1 - (1 - p)^10 = 49%.
 SPEECH_MASK, SPEECH_SPAN = 0.49, 10
@@ -82,6 +84,7 @@ REPLACE_BY_MASK, REPLACE_BY_RANDOM = 0.8, 0.1
 # None is 0, since numpy pads a short seed with zeros: [a, b, c] and [a, b, c, 0] are the same seed.
 SPEECH_CROP, SPEECH_MASKING, TEXT_MASKING, PAIR_SPEECH_MASKING, PAIR_TEXT_MASKING = 1, 2, 3, 4, 5
 STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9, 10
+SPEC_AUGMENT = 11
 
 N_JOINT = 8  # combinations of (speech, text, pair) buckets: so many shapes to compile or capture
 # Different transcripts to draw an STM negative from, if those within 10% of its length are so many.
@@ -153,6 +156,28 @@ def mask_text(
     return corrupted, masked
 
 
+# SpecAugment as in the Conformer paper (section 3.2) and praxis: two bands of up to 27 mel bins,
+# ten stretches of up to 5% of the utterance each.
+BANDS, WIDEST_BAND, STRETCHES, LONGEST_STRETCH = 2, 27, 10, 0.05
+
+
+def spec_augment(rng: np.random.Generator, n_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """What an utterance hides from the model in fine-tuning (Park et al. 2019).
+
+    Returns: hidden frames (F,) bool; hidden mel bins (80,) bool.
+    """
+
+    def hide(size: int, n_times: int, most: int) -> np.ndarray:
+        hidden = np.zeros(size, bool)
+        for width in rng.integers(0, most + 1, size=n_times):
+            start = rng.integers(0, size - width + 1)
+            hidden[start : start + width] = True
+        return hidden
+
+    frames = hide(n_frames, STRETCHES, int(LONGEST_STRETCH * n_frames))
+    return frames, hide(N_MELS, BANDS, WIDEST_BAND)
+
+
 def row_rng(seed: int, epoch: int, row: int, purpose: int) -> np.random.Generator:
     """The random numbers of one row in one epoch for one purpose."""
     return np.random.default_rng([seed, int(epoch), int(row), purpose])
@@ -191,6 +216,9 @@ class BatchPlan:
                           a bucket whose longest row does not fit gets micro-batches of one row.
           micro_batches   A, micro-batches of a step.
           stream          a number that sets this stream's order apart from that of others.
+          widths          (n,) int, what else a row's memory grows with: of a transducer's lattice
+                          its target. A micro-batch holds at most max_area of rows x longest length
+                          x widest width, but at least one row.
     """
 
     def __init__(
@@ -202,6 +230,8 @@ class BatchPlan:
         micro_batches: int,
         seed: int,
         stream: int,
+        widths: np.ndarray | None = None,
+        max_area: int = 0,
     ) -> None:
         assert len(lengths) and np.min(lengths) > 0 and n_buckets in (1, 2, 4, 8), n_buckets
         self.seed, self.stream, self.micro_batches = seed, stream, micro_batches
@@ -221,6 +251,10 @@ class BatchPlan:
         self.rows = [rows.astype(np.int32) for rows in np.split(order, ends[:-1])]
         self.real_units = [int(part.sum()) for part in np.split(lengths, ends[:-1])]
         self.rows_per_micro = [self._rows(longest) for longest in self.bucket_len]
+        if widths is not None:
+            for b, rows in enumerate(self.rows):
+                area = self.bucket_len[b] * max(1, int(widths[rows].max()))
+                self.rows_per_micro[b] = max(1, min(self.rows_per_micro[b], max_area // area))
         self._permutations: dict[int, dict[int, np.ndarray]] = {}
 
     def _rows(self, longest: int) -> int:
@@ -317,22 +351,8 @@ class BatchPlan:
 # ------------------------------------------------------------------------------------------ batches
 
 
-class _Tensors:
-    """What every batch can do: move all its tensors."""
-
-    def _map(self, move: Callable[[Any], Any]) -> Any:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: move(v) for k, v in values.items() if v is not None})
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
-        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Any:
-        return self._map(lambda value: value.pin_memory())
-
-
 @dataclass(frozen=True)
-class SpeechBatch(_Tensors):
+class SpeechBatch(TensorBatch):
     """Utterances. Features are raw: the model standardises them. M is fixed in a bucket."""
 
     features: Tensor  # (B, F, 80) float32 log-mel, zero after each row's end
@@ -343,7 +363,7 @@ class SpeechBatch(_Tensors):
 
 
 @dataclass(frozen=True)
-class TextBatch(_Tensors):
+class TextBatch(TensorBatch):
     """Rows of text with the tokens to predict."""
 
     tokens: Tensor  # (B, U) int64, corrupted, PAD after each row's end
@@ -354,7 +374,7 @@ class TextBatch(_Tensors):
 
 
 @dataclass(frozen=True)
-class PairBatch(_Tensors):
+class PairBatch(TensorBatch):
     """Speech with its transcript, and for each row a transcript that is not its own (STM)."""
 
     speech: SpeechBatch
@@ -366,7 +386,7 @@ class PairBatch(_Tensors):
 
 
 @dataclass(frozen=True)
-class Batch(_Tensors):
+class Batch(TensorBatch):
     """One micro-batch: any of the three streams."""
 
     speech: SpeechBatch | None = None
@@ -399,7 +419,7 @@ def _flat_masked(masked: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndar
     return index, weight
 
 
-def _padded(rows: list[np.ndarray], width: int) -> np.ndarray:
+def padded(rows: list[np.ndarray], width: int) -> np.ndarray:
     """(B, U) int64 of token rows, PAD after their ends."""
     tokens = np.full((len(rows), width), PAD_ID, np.int64)
     for i, row in enumerate(rows):
@@ -420,11 +440,11 @@ def _text_batch(
 ) -> TextBatch:
     """Mask rows of tokens, each with its own random numbers, and pad them to width."""
     pairs = [mask_text(rng, row, share, TEXT_SPAN, vocab_size) for rng, row in zip(rngs, clean)]
-    masked = _padded([mask for _, mask in pairs], width) == 1  # (B, U)
+    masked = padded([mask for _, mask in pairs], width) == 1  # (B, U)
     room = width - 1  # [CLS] is never masked
     index, weight = _flat_masked(masked, len(clean) * mask_budget(room, share))
-    targets = np.where(weight > 0, _padded(clean, width).ravel()[index], PAD_ID)
-    tokens = torch.from_numpy(_padded([corrupted for corrupted, _ in pairs], width))
+    targets = np.where(weight > 0, padded(clean, width).ravel()[index], PAD_ID)
+    tokens = torch.from_numpy(padded([corrupted for corrupted, _ in pairs], width))
     return TextBatch(tokens, _lens(clean), *map(torch.from_numpy, (index, weight, targets)))
 
 
@@ -446,15 +466,13 @@ def _speech_batch(
 # --------------------------------------------------------------------------------------------- rows
 
 
-def _row_frames(manifest: Manifest) -> np.ndarray:
+def row_frames(manifest: Manifest) -> np.ndarray:
     """(n,) int64 log-mel frames of each row by its duration."""
     samples = np.rint(manifest.durations * SAMPLE_RATE).astype(np.int64).tolist()
     return np.fromiter(map(n_frames, samples), np.int64, len(samples))
 
 
-def _read_features(
-    manifest: Manifest, i: int, start: float, seconds: float, at_most: int
-) -> Tensor:
+def read_features(manifest: Manifest, i: int, start: float, seconds: float, at_most: int) -> Tensor:
     """(F, 80) log-mel of a part of row i. Raises an error of one line naming row and file."""
     row = manifest.row(i)
     try:
@@ -467,13 +485,17 @@ def _read_features(
     return log_mel(torch.from_numpy(wave))[:at_most]
 
 
-def _usable(manifest: Manifest, faults: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+def usable(
+    manifest: Manifest, faults: dict[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, dict[str, int]]:
     """(n,) bool, rows without a fault, and the others counted by their first fault.
 
+    Args:   faults  reason to (n,) bool; too short a row is a fault anyway.
     Raises: ValueError when none is left.
     """
+    short = subsampled_lens(row_frames(manifest)) < MIN_ENC_FRAMES
     keep, left_out = np.ones(len(manifest), bool), {}
-    for reason, bad in faults.items():
+    for reason, bad in ({"shorter than two encoder frames": short} | (faults or {})).items():
         if n_bad := int((keep & bad).sum()):
             left_out[reason] = n_bad
         keep &= ~bad
@@ -498,14 +520,13 @@ class SpeechRows:
         most = n_frames(round(max_audio_s * SAMPLE_RATE))
         if too_short(max_audio_s):
             raise ValueError(f"--max-audio-s {max_audio_s:g}: need two encoder frames (0.1 s)")
-        is_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
-        keep, self.left_out = _usable(manifest, {"shorter than two encoder frames": is_short})
+        keep, self.left_out = usable(manifest)
         self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
         parts = np.maximum(1, np.rint(self.manifest.durations / max_audio_s)).astype(np.int64)
         self._utterance = np.repeat(np.arange(len(parts)), parts)  # (n,)
         self._part = np.arange(len(self._utterance)) - np.repeat(np.cumsum(parts) - parts, parts)
         self._parts = parts  # of each utterance
-        self.lengths = np.minimum(_row_frames(self.manifest), most)[self._utterance]
+        self.lengths = np.minimum(row_frames(self.manifest), most)[self._utterance]
 
     @property
     def fingerprint(self) -> str:
@@ -518,7 +539,7 @@ class SpeechRows:
         stretch = (self.manifest.durations[i] - seconds) / self._parts[i]  # a row may begin in it
         shift = row_rng(self.seed, epoch, row, SPEECH_CROP).random() if stretch else 0.0
         start = (self._part[row] + shift) * stretch
-        return _read_features(self.manifest, i, start, seconds, self.lengths[row])
+        return read_features(self.manifest, i, start, seconds, self.lengths[row])
 
     def collate(self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int) -> SpeechBatch:
         features = [self.features(row, epoch) for row, epoch in zip(rows, epochs)]
@@ -645,15 +666,13 @@ class PairRows:
             stops.append(len(tokens))
             transcript.append(numbers.setdefault(_transcript_key(text), len(numbers)))
         text_lens = np.diff(np.array(stops, np.int64), prepend=0)
-        is_short = subsampled_lens(_row_frames(manifest)) < MIN_ENC_FRAMES
         faults = {
-            "shorter than two encoder frames": is_short,
             f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s,
             "without transcript": text_lens == 0,
         }
-        keep, self.left_out = _usable(manifest, faults)
+        keep, self.left_out = usable(manifest, faults)
         self.manifest = manifest.filtered(keep)
-        self.lengths = _row_frames(self.manifest)
+        self.lengths = row_frames(self.manifest)
         self._tokens, self._stops = np.array(tokens, np.int32), np.array(stops, np.int64)[keep]
         self.text_lens = text_lens[keep]
         self._transcript = np.array(transcript, np.int64)[keep]  # (n,) equal for equal transcripts
@@ -701,7 +720,7 @@ class PairRows:
 
     def features(self, i: int) -> Tensor:
         """(F, 80) log-mel, F at most lengths[i]."""
-        return _read_features(self.manifest, i, 0.0, self.manifest.durations[i], self.lengths[i])
+        return read_features(self.manifest, i, 0.0, self.manifest.durations[i], self.lengths[i])
 
     def tokens(self, i: int) -> np.ndarray:
         """(U,) int64: [CLS] and the transcript."""
@@ -735,8 +754,8 @@ class PairRows:
             text=text_batch(clean, PAIR_TEXT_MASKING),
             negative_tokens=corrupted.tokens,
             negative_lens=corrupted.lens,
-            clean_tokens=torch.from_numpy(_padded(clean, width)),
-            clean_negative_tokens=torch.from_numpy(_padded(negative, width)),
+            clean_tokens=torch.from_numpy(padded(clean, width)),
+            clean_negative_tokens=torch.from_numpy(padded(negative, width)),
         )
 
 
@@ -771,17 +790,21 @@ class PretrainData(Dataset):
         return Batch(**streams)
 
 
+def _of_one_stream(name: str, part: Any) -> Batch:
+    return Batch(**{name: part})
+
+
 class HeldOut(Dataset):
     """Every held-out row once, in order of length, as in epoch 0: the same batches at every pass.
 
     Batches hold one stream each. They are read when they are asked for, so ranks that share a pass
     each read their own.
 
-    Args: rows      {"speech": SpeechRows, "text": TextRows, "pairs": PairRows}, any of them.
+    Args: rows      by stream, whatever has lengths (n,) and collate(rows, epochs, longest).
           units     by stream, the size of a batch, padding counted: log-mel frames or tokens. Rows
                     that are longer are alone.
           at_least  batches of fewer rows are left out.
-          change    applied to each batch, for probes.
+          make      (stream, what collate gave) -> batch.
     """
 
     def __init__(
@@ -790,18 +813,15 @@ class HeldOut(Dataset):
         units: dict[str, int],
         *,
         at_least: int = 1,
-        change: Callable[[Batch], Batch] = lambda batch: batch,
+        make: Callable[[str, Any], Any] = _of_one_stream,
     ) -> None:
-        self.rows, self.change = rows, change
+        self.rows, self.make = rows, make
         self.chosen: list[tuple[str, np.ndarray]] = []  # of each batch: stream and rows (B,)
         for name, its in rows.items():
-            order, start = np.argsort(its.lengths, kind="stable"), 0
+            order, most, start = np.argsort(its.lengths, kind="stable"), units[name], 0
             while start < len(order):
                 stop = start + 1
-                while (
-                    stop < len(order)
-                    and (stop + 1 - start) * its.lengths[order[stop]] <= units[name]
-                ):
+                while stop < len(order) and (stop + 1 - start) * its.lengths[order[stop]] <= most:
                     stop += 1
                 if stop - start >= at_least:
                     self.chosen.append((name, order[start:stop]))
@@ -810,12 +830,10 @@ class HeldOut(Dataset):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> Any:
         name, chosen = self.chosen[i]  # IndexError past the end: so a pass is a plain for loop
-        its, epochs = self.rows[name], np.zeros_like(chosen)
-        return self.change(
-            Batch(**{name: its.collate(chosen, epochs, int(its.lengths[chosen[-1]]))})
-        )
+        longest = int(self.rows[name].lengths[chosen[-1]])
+        return self.make(name, self.rows[name].collate(chosen, np.zeros_like(chosen), longest))
 
 
 def feature_statistics(
@@ -832,7 +850,7 @@ def feature_statistics(
             continue
         if count and seconds + part > max_seconds:
             break
-        features = _read_features(manifest, i, 0.0, part, sys.maxsize).double().numpy()  # (F, 80)
+        features = read_features(manifest, i, 0.0, part, sys.maxsize).double().numpy()  # (F, 80)
         count, seconds = count + len(features), seconds + part
         total, squares = total + features.sum(0), squares + (features**2).sum(0)
     if not count:
@@ -859,9 +877,11 @@ def _run_tokenizer(args: argparse.Namespace) -> None:
 
 
 def _run_manifest(args: argparse.Namespace) -> None:
+    splits = args.splits.split(",") if getattr(args, "splits", None) else None
     if args.layout == "librispeech":
-        splits = args.splits.split(",") if args.splits else None
         report = librispeech_manifest(args.root, args.out, splits)
+    elif args.layout == "covost":
+        report = covost_manifest(args.root, args.out, args.translations, splits)
     else:
         report = directory_manifest(args.root, args.out)
     print(f"{args.out}: {report}")
@@ -895,11 +915,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     layouts = commands.add_parser("manifest", help="write the manifest of a corpus")
     layouts = layouts.add_subparsers(dest="layout", required=True)
-    for layout in ("librispeech", "directory"):
+    for layout in ("librispeech", "covost", "directory"):
         command = layouts.add_parser(layout)
         command.add_argument("root", help="folder of the corpus")
         command.add_argument("out", help="manifest to write (.jsonl)")
-        if layout == "librispeech":
+        if layout == "covost":
+            command.add_argument("--translations", required=True, help="covost_v2.en_de.tsv")
+        if layout != "directory":
             command.add_argument("--splits", help="comma separated (default all)")
         command.set_defaults(run=_run_manifest)
 

@@ -1,4 +1,4 @@
-"""All that stands on the encoder: CTC searches and alignment, Transformer decoder, classifier.
+"""All that stands on the encoder: CTC searches, Transformer decoder, classifier, and task models.
 
 A head turns the encoder's states into labels. For CTC it is one linear in the model that uses it,
 so that only the searches live here; translation and text normalisation have a small Transformer
@@ -6,7 +6,7 @@ decoder that reads the states by cross-attention; GLUE has a linear on [CLS]. Th
 its network and its search, is in rnnt.py.
 
 Public:  Hypothesis, ctc_greedy, ctc_prefix_beam, ctc_align, TransformerDecoder and its parts,
-         length_penalised, Classifier.
+         length_penalised, Classifier; HeadConfig, HEAD_SIZES, TaskBatch, TaskModel.
 Letters: B rows, T encoder frames, U tokens, V vocabulary, D width, H heads, W beam width.
 Source:  Graves et al. 2006 and Hannun et al. 2014 (CTC), Vaswani et al. 2017 (Transformer),
          Wu et al. 2016 (length penalty), SLAM (Bapna et al. 2021) for the decoder's size.
@@ -15,6 +15,7 @@ Source:  Graves et al. 2006 and Hannun et al. 2014 (CTC), Vaswani et al. 2017 (T
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conformer import SEP_ID, sinusoids, valid_mask
+import losses as L
+from conformer import (
+    PAD_ID,
+    SEP_ID,
+    SlamConfig,
+    SlamEncoder,
+    sinusoids,
+    subsampled_lens,
+    valid_mask,
+)
 from losses import BLANK_ID
-
-
-class Hypothesis(NamedTuple):
-    """One answer of a search."""
-
-    tokens: list[int]
-    score: float  # log-probability of the whole, natural logarithm, before any length penalty
-
+from rnnt import Hypothesis, Transducer
+from training import TensorBatch
 
 # --------------------------------------------------------------------------------------------- CTC
 
@@ -501,3 +505,169 @@ class Classifier(nn.Module):
     def forward(self, cls_state: Tensor) -> Tensor:
         """(B, D) -> logits (B, n_labels)."""
         return self.output(self.dropout(cls_state))
+
+
+# ----------------------------------------------------------------------------------- task models
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The head of one task. The defaults are the paper's where it tells, for `xl`."""
+
+    kind: str  # ctc, rnnt, attention or classifier
+    vocab_size: int = 0  # of the target's tokenizer; a classifier has none
+    labels: tuple[str, ...] = ()  # of a classifier
+    tags: tuple[str, ...] = ("",)  # of attention: the languages that it can be told to write
+    # transducer (w2v-BERT section 4)
+    rnnt_layers: int = 2
+    rnnt_dim: int = 640
+    joint_dim: int = 640
+    # Transformer decoder (SLAM section 4)
+    decoder_layers: int = 4
+    decoder_dim: int = 384
+    decoder_ff: int = 1536
+    decoder_heads: int = 4
+    dropout: float = 0.1  # UNSPECIFIED IN PAPER
+    label_smoothing: float = 0.1  # of attention. UNSPECIFIED IN PAPER: the Transformer paper's
+
+
+# What differs from the defaults at each size of the encoder.
+HEAD_SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(
+        rnnt_layers=1, rnnt_dim=128, joint_dim=128,
+        decoder_layers=2, decoder_dim=128, decoder_ff=512,
+    ),
+    "small": dict(
+        rnnt_layers=1, rnnt_dim=256, joint_dim=256,
+        decoder_layers=3, decoder_dim=256, decoder_ff=1024,
+    ),
+    "base": {},
+    "xl": {},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskBatch(TensorBatch):
+    """Speech or text, and the answers to it. What a task does not have is None."""
+
+    lens: Tensor  # (B,) int64, log-mel frames of speech or tokens of text
+    features: Tensor | None = None  # (B, F, 80) float32 raw log-mel, zero after each row's end
+    hidden_frames: Tensor | None = None  # (B, F) bool, SpecAugment's: frames that are not seen
+    hidden_bins: Tensor | None = None  # (B, 80) bool: mel bins that are not seen
+    tokens: Tensor | None = None  # (B, U) int64 beginning with [CLS], PAD after each row's end
+    targets: Tensor | None = None  # (B, U) int64 without begin and end, PAD after each row's end
+    target_lens: Tensor | None = None  # (B,) int64
+    tags: Tensor | None = None  # (B,) int64, which of the head's tags the target has
+    labels: Tensor | None = None  # (B,) int64, of a classifier
+
+
+class TaskModel(nn.Module):
+    """The pre-trained encoder under the head of one task.
+
+    Speech or text goes through all of the encoder, alone; the head reads the top states. So speech
+    is recognised by the same multimodal stack that has learned from text.
+    """
+
+    def __init__(self, config: SlamConfig, modality: str, head: HeadConfig) -> None:
+        """Make the encoder, with the embedder of its one modality only, and the head.
+
+        Args: modality  "speech" or "text", what the task reads.
+        """
+        super().__init__()
+        self.head_config, self.modality = head, modality
+        self.encoder = SlamEncoder(config, (modality,))
+        self.loss_names = [head.kind]
+        D = config.d_model
+        if head.kind == "ctc":
+            self.head = nn.Linear(D, head.vocab_size)
+        elif head.kind == "rnnt":
+            self.head = Transducer(
+                head.vocab_size, D, dim=head.rnnt_dim, n_layers=head.rnnt_layers,
+                joint_dim=head.joint_dim, dropout=head.dropout,
+            )  # fmt: skip
+        elif head.kind == "attention":
+            self.head = TransformerDecoder(
+                head.vocab_size, D, dim=head.decoder_dim, n_layers=head.decoder_layers,
+                n_heads=head.decoder_heads, d_ff=head.decoder_ff, dropout=head.dropout,
+                n_tags=len(head.tags),
+            )  # fmt: skip
+        else:
+            assert head.kind == "classifier", head.kind
+            self.head = Classifier(D, len(head.labels), head.dropout)
+
+    def step_done(self) -> None:
+        """Nothing here counts optimiser steps."""
+
+    def states(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """Top states (B, T or U, D) and their lengths (B,) of a batch's speech or text."""
+        if self.modality == "text":
+            return self.encoder.multimodal(self.encoder.text(batch.tokens), batch.lens), batch.lens
+        features = batch.features
+        if batch.hidden_frames is not None:  # SpecAugment: what is hidden becomes the mean, 0 after
+            hidden = batch.hidden_frames[..., None] | batch.hidden_bins[:, None]  # standardisation
+            features = torch.where(hidden, self.encoder.speech.feature_mean, features)
+        conv, lens = self.encoder.speech.subsample(features, batch.lens)
+        _, states = self.encoder.speech.encode(conv, lens)
+        return self.encoder.multimodal(states, lens), lens
+
+    def counts(self, batch: TaskBatch) -> dict[str, float]:
+        """What the loss is divided by: target tokens, with the end where it is predicted; rows."""
+        if self.head_config.kind == "classifier":
+            return {"classifier": float(len(batch.labels))}
+        count = batch.target_lens
+        if self.head_config.kind == "attention":
+            count = count + 1
+        elif self.head_config.kind == "ctc":
+            fits = L.ctc_fits(subsampled_lens(batch.lens), batch.targets, batch.target_lens)
+            count = count * fits
+        return {self.head_config.kind: float(count.sum())}
+
+    def forward(self, batch: TaskBatch) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
+        """({name of the head: Loss}, no statistics): as the training loop asks for."""
+        kind, (states, lens) = self.head_config.kind, self.states(batch)
+        if kind == "classifier":
+            loss = L.classification(self.head(states[:, 0]), batch.labels)
+        elif kind == "ctc":
+            loss = L.ctc(self.head(states), lens, batch.targets, batch.target_lens)
+        elif kind == "rnnt":
+            logits = self.head(states, lens, batch.targets, batch.target_lens)
+            loss = L.rnnt(logits, lens, batch.targets, batch.target_lens)
+        else:
+            logits = self.head(batch.targets, batch.tags, states, lens)  # (B, U+1, V)
+            B, U = batch.targets.shape
+            place = torch.arange(U + 1, device=lens.device)[None]
+            ended = F.pad(batch.targets, (0, 1), value=PAD_ID)  # then the end behind each row
+            ended = torch.where(place == batch.target_lens[:, None], SEP_ID, ended)
+            weight = (place <= batch.target_lens[:, None]).float()  # (B, U+1)
+            flat = logits.flatten(0, 1), ended.flatten(), weight.flatten()
+            loss = L.label_smoothed(*flat, self.head_config.label_smoothing)
+        return {kind: loss}, {}
+
+    @torch.no_grad()
+    def decode(
+        self, batch: TaskBatch, width: int = 1, length_penalty: float = 0.0
+    ) -> list[list[int]]:
+        """The best answer for each row: tokens, or of a classifier [index of the label].
+
+        Width 1 is greedy search. In eval mode.
+        """
+        kind, (states, lens) = self.head_config.kind, self.states(batch)
+        if kind == "classifier":
+            return self.head(states[:, 0]).argmax(-1, keepdim=True).tolist()
+        if kind == "attention":
+            # Written forms grow when read out, and translations are about as long as the speech.
+            limits = 16 + (3 * lens if self.modality == "text" else lens)
+            search = (states, lens, batch.tags)
+            if width == 1:
+                return self.head.greedy(*search, limits)
+            found = self.head.beam(*search, width, limits, length_penalty)
+        elif kind == "ctc":
+            log_probs = self.head(states).float().log_softmax(-1)
+            if width == 1:
+                return ctc_greedy(log_probs, lens)
+            found = ctc_prefix_beam(log_probs, lens, width)
+        else:
+            if width == 1:
+                return self.head.greedy(states, lens)
+            found = self.head.beam(states, lens, width)
+        return [hypotheses[0].tokens for hypotheses in found]

@@ -6,7 +6,7 @@ once, by the count of the whole step. Masked positions come as M rows gathered f
 `weight` is 0 for the filler that pads M to a static size.
 
 Public:  Loss, sample_negatives, contrastive, diversity, code_prediction, token_prediction,
-         speech_text_matching, ctc, ctc_fits, label_smoothed, rnnt.
+         speech_text_matching, ctc, ctc_fits, classification, label_smoothed, rnnt.
 Letters: M positions, masked ones or a target's tokens, K negatives, D width, G codebooks, V codes
          or vocabulary, B rows, T encoder frames, U tokens, N diagonals of a lattice.
 """
@@ -176,6 +176,19 @@ def token_prediction(logits: Tensor, targets: Tensor, weight: Tensor, unigram: T
             ((targets == unigram.argmax()).to(weight.dtype) * weight).sum(),
             -(unigram[targets] * weight).sum(),
         )
+
+
+def classification(logits: Tensor, labels: Tensor) -> Loss:
+    """Cross-entropy of a fine-tuning task's labels; the blind guess knows how often each is right.
+
+    Args: logits (B, V); labels (B,) int64.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _wide(logits)
+        total = F.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(-1) == labels).to(logits.dtype).sum()
+        answers = F.one_hot(labels, logits.shape[1]).to(logits.dtype).sum(0, keepdim=True)  # (1, V)
+        return Loss(total, answers.sum(), correct, answers=answers)
 
 
 def speech_text_matching(match_logit: Tensor, label: Tensor) -> Loss:

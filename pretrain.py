@@ -21,13 +21,11 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import data
 import demo
@@ -43,6 +41,7 @@ from conformer import (
     subsampled_lens,
     valid_mask,
 )
+from corpora import paths_of
 from quantizer import GumbelQuantizer, LinearTarget
 from training import Ranks
 
@@ -327,17 +326,17 @@ def evaluate(
     metrics = measured(data.HeldOut(rows, units))
     if "pairs" in rows and "tlm" in model.objectives.align:
         pairs = {"pairs": rows["pairs"]}
-        wrong = measured(data.HeldOut(pairs, units, at_least=2, change=with_wrong_speech))
+        several = data.HeldOut(pairs, units, at_least=2, make=with_wrong_speech)
+        wrong = measured(several)
         metrics["acc/tlm_text_wrong_speech"] = wrong.get("acc/tlm_text", math.nan)
     if "pairs" in rows and hasattr(model, "match_head"):
         metrics |= retrieval(model, rows["pairs"], args, ranks)
     return metrics
 
 
-def with_wrong_speech(batch: data.Batch) -> data.Batch:
+def with_wrong_speech(stream: str, pairs: data.PairBatch) -> data.Batch:
     """The same texts and text masks, each with the speech of the row before it."""
-    speech = batch.pairs.speech
-    B, T = speech.masked.shape
+    speech = pairs.speech
     masked = speech.masked.roll(1, 0)
     index = masked.flatten().nonzero()[:, 0]
     rolled = dataclasses.replace(
@@ -347,7 +346,7 @@ def with_wrong_speech(batch: data.Batch) -> data.Batch:
         masked=masked,
         masked_index=torch.nn.functional.pad(index, (0, len(speech.masked_index) - len(index))),
     )
-    return dataclasses.replace(batch, pairs=dataclasses.replace(batch.pairs, speech=rolled))
+    return data.Batch(**{stream: dataclasses.replace(pairs, speech=rolled)})
 
 
 @torch.no_grad()
@@ -388,41 +387,52 @@ def retrieval(
 # --------------------------------------------------------------------------------------------- data
 
 
-def demo_paths(args: argparse.Namespace, ranks: Ranks) -> None:
-    """No data was given: make (or reuse) the demo corpus and fill in the arguments.
+def demo_files(root: Path, ranks: Ranks) -> dict[str, str]:
+    """Make (or reuse) the demo corpus and what the importers and the tokenizer make of it.
 
-    The corpus goes through the real importers.
+    Returns: the path of each part by name; local rank 0 has made them, the others have waited.
     """
-    root, prepared = args.demo_dir, args.demo_dir / "manifests"
+    prepared, stamp = root / "manifests", root / "demo.json"
+    files = {name: prepared / f"{name}.jsonl" for name in (*DEMO_MANIFESTS, *DEMO_TRANSLATIONS)}
+    files["tokenizer"] = prepared / "tokenizer.model"
+    files |= {"text": root / "text" / "train.txt", "dev_text": root / "text" / "dev.txt"}
     if ranks.local_rank == 0:
         demo.make_demo(root, seed=0, log=ranks.log)
-        for name, splits in DEMO_MANIFESTS.items():
-            path = prepared / f"{name}.jsonl"
-            if not path.exists() or path.stat().st_mtime < (root / "demo.json").stat().st_mtime:
-                data.librispeech_manifest(root / "LibriSpeech", path, splits)
-        if not (prepared / "tokenizer.model").exists():
-            with open(root / "text" / "train.txt", encoding="utf-8") as lines:
-                tokenizer = data.Tokenizer.train(lines, DEMO_VOCABULARY, "lower")
-            tokenizer.save(prepared / "tokenizer.model")
+        voice, table = root / "cv-corpus-4" / "en", "covost_v2.en_de.tsv"
+        for name, path in files.items():
+            if path.exists() and path.stat().st_mtime >= stamp.stat().st_mtime:
+                continue
+            if name in DEMO_MANIFESTS:
+                data.librispeech_manifest(root / "LibriSpeech", path, DEMO_MANIFESTS[name])
+            elif name in DEMO_TRANSLATIONS:
+                data.covost_manifest(voice, path, voice / table, DEMO_TRANSLATIONS[name])
+            elif name == "tokenizer":
+                with open(files["text"], encoding="utf-8") as lines:
+                    data.Tokenizer.train(lines, SIZES["tiny"].vocab_size).save(path)
     ranks.wait()
-    manifests = (str(prepared / f"{name}.jsonl") for name in DEMO_MANIFESTS)
-    args.speech, args.paired, args.dev_speech = manifests
-    args.dev_paired = args.dev_speech
-    args.text, args.dev_text = str(root / "text" / "train.txt"), str(root / "text" / "dev.txt")
-    args.tokenizer = args.tokenizer or prepared / "tokenizer.model"
+    return {name: str(path) for name, path in files.items()}
 
 
-DEMO_VOCABULARY = SIZES["tiny"].vocab_size
+# Splits of each manifest.
 DEMO_MANIFESTS = {
     "speech": ["train-clean-100", "train-other-500"],
     "paired": ["train-clean-100"],
     "dev": ["dev-clean"],
+    "test": ["test-clean"],
+}
+DEMO_TRANSLATIONS = {
+    "st_train": ["train", "train_covost"],
+    "st_dev": ["dev"],
+    "st_test": ["test"],
 }
 
 
-def paths_of(comma_list: str | None) -> list[Path]:
-    """`a.jsonl,b.jsonl` -> [Path, Path]."""
-    return [Path(part) for part in (comma_list or "").split(",") if part]
+def use_demo(args: argparse.Namespace, ranks: Ranks) -> None:
+    """No data was given: fill in the demo's."""
+    files = demo_files(args.demo_dir, ranks)
+    args.speech, args.paired, args.text = (files[name] for name in ("speech", "paired", "text"))
+    args.dev_speech = args.dev_paired = files["dev"]
+    args.dev_text, args.tokenizer = files["dev_text"], args.tokenizer or Path(files["tokenizer"])
 
 
 def load_rows(
@@ -549,27 +559,6 @@ def identity_of(
     return {"same": same, "may change": may_change}
 
 
-def check_same_run(
-    stored: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], path: Path
-) -> list[str]:
-    """Compare a checkpoint's run with this one.
-
-    Returns: a sentence for each setting that was changed and may be.
-    Raises:  ValueError for the first thing that differs and may not.
-    """
-    for name, value in now["same"].items():
-        if stored["same"].get(name) != value:
-            raise ValueError(
-                f"{path}: cannot be resumed, {name} was {stored['same'].get(name)} and now is "
-                f"{value}; repeat the old options, or start a new run with another --out-dir"
-            )
-    return [
-        f"{name} was {stored['may change'].get(name)} until here and is {value} from now on"
-        for name, value in now["may change"].items()
-        if stored["may change"].get(name) != value
-    ]
-
-
 # ------------------------------------------------------------------------------- what the user sees
 
 
@@ -634,84 +623,6 @@ def plan_table(plans: dict[str, data.BatchPlan]) -> str:
             each = f"{row['rows_per_micro']} a micro-batch"
             lines.append(f"    up to {longest:7.2f} {unit:<6} {counts}, {each}")
     return "\n".join(lines)
-
-
-def progress_line(
-    step: int, args: argparse.Namespace, metrics: dict[str, float], loss_names: list[str]
-) -> str:
-    """One plain line: each loss with its accuracy, codes, rate, speed."""
-    parts = [f"step {step:>5}/{args.max_steps}"]
-    for name in loss_names:
-        if f"loss/{name}" in metrics:
-            accuracy = f" ({100 * metrics[f'acc/{name}']:.1f}%)" if f"acc/{name}" in metrics else ""
-            parts.append(f"{name} {metrics[f'loss/{name}']:.3f}{accuracy}")
-    if "ppl/code" in metrics:
-        parts.append(f"ppl {metrics['ppl/code']:.0f}")
-    parts.append(f"lr {metrics['lr']:.1e}")
-    parts += [f"grad {metrics['grad_norm']:.2f}", f"{metrics['step_ms']:.0f} ms"]
-    return "  ".join(parts)
-
-
-def summary_table(metrics: dict[str, float], loss_names: list[str]) -> str:
-    """Objective, loss against its chance level, accuracy against that of a blind guess.
-
-    The last line is the share of codes in use.
-    """
-    lines = [f"  {'objective':<24}{'loss':>9}{'chance':>9}{'accuracy':>11}{'chance':>9}"]
-
-    def cell(key: str, percent: bool, width: int) -> str:
-        value = metrics.get(key)
-        text = "" if value is None else (f"{100 * value:.2f}%" if percent else f"{value:.3f}")
-        return f"{text:>{width}}"
-
-    for name in [*loss_names, "tlm_text_wrong_speech", "retrieval"]:
-        if f"loss/{name}" in metrics or f"acc/{name}" in metrics:
-            cells = [cell(f"loss/{name}", False, 9), cell(f"chance_loss/{name}", False, 9)]
-            cells += [cell(f"acc/{name}", True, 11), cell(f"chance/{name}", True, 9)]
-            lines.append(f"  {name:<24}" + "".join(cells))
-    if "codes_used" in metrics:
-        used = f"{100 * metrics['codes_used']:.1f}%"
-        lines.append(f"  codes in use {used}, perplexity {metrics['ppl/code']:.1f}")
-    return "\n".join(lines)
-
-
-def draw_curves(out_dir: Path, loss_names: list[str]) -> Path:
-    """curves.png from metrics.jsonl, a panel an objective.
-
-    Training and held-out loss against the chance level.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = training.read_metrics(out_dir / "metrics.jsonl")
-    panels = [name for name in loss_names if any(f"loss/{name}" in row for row in rows)]
-    panels += ["ppl/code"] if any("ppl/code" in row for row in rows) else []
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (3.4 * columns, 2.6 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    for axis, name in zip(axes.flat, panels):
-        keys = [("ppl/code" if name == "ppl/code" else f"loss/{name}", "train", "C0-")]
-        if name != "ppl/code":
-            keys.append((f"chance_loss/{name}", "chance", "C1:"))
-            keys.append((f"dev/loss/{name}", "held out", "C2o"))
-        for key, label, style in keys:
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points), style, label=label, markersize=3)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.axis("off")
-    axes.flat[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(out_dir / "curves.png", dpi=120)
-    plt.close(figure)
-    return out_dir / "curves.png"
 
 
 # ---------------------------------------------------------------------------------- the entry point
@@ -780,6 +691,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="w2v-bert",
         help="contrastive: w2v-conformer",
     )
+    add("--loss-weights", default="", metavar="NAME=W,...", help="weights other than the method's")
     add(
         "--stm-unmasked",
         action="store_true",
@@ -822,47 +734,17 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
     for name in FLAGS_OF_SIZE:
         if getattr(args, name) is None:
             setattr(args, name, getattr(size, name))
-    for names, fits, expected in (
-        (FLAGS_FROM_1, lambda value: value >= 1, "must be at least 1"),
-        (FLAGS_FROM_0, lambda value: value >= 0, "must not be negative"),
-        (FLAGS_ABOVE_0, lambda value: 0 < value < math.inf, "must be above 0"),
-    ):
-        for name in names:
-            if getattr(args, name) is not None and not fits(getattr(args, name)):
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise ValueError(f"{flag}: {expected}")
+    training.check_numbers(args, from_1=FLAGS_FROM_1, from_0=FLAGS_FROM_0, above_0=FLAGS_ABOVE_0)
+    training.check_numbers(args, share=("tlm_speech_mask", "tlm_text_mask"))
     modalities = tuple(args.modalities.split(","))
     both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
     align = args.align or ("tlm,stm" if both else "none")
     align = () if align == "none" else tuple(align.split(","))
     objectives = Objectives(modalities, align, args.speech_objective, args.stm_unmasked)
-    for name in ("tlm_speech_mask", "tlm_text_mask"):
-        if not 0 < getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ValueError(f"{flag}: expected a share between 0 and 1")
     args.dtype = training.resolve_dtype(args.dtype, ranks.device)
     weights = training.parse_weights(args.loss_weights, objectives.loss_names)
     args.loss_weights = {"diversity": DIVERSITY_WEIGHT} | weights
     return objectives
-
-
-def resolve_micro_batches(
-    args: argparse.Namespace, ranks: Ranks, checkpoint: dict[str, Any] | None
-) -> None:
-    """A: as given, else as the resumed run had it, else one a rank.
-
-    It must be a multiple of the number of ranks.
-    """
-    stored = checkpoint["args"]["micro_batches"] if checkpoint else None
-    args.micro_batches = args.micro_batches or stored or ranks.world_size
-    if stored and stored != args.micro_batches:
-        raise ValueError(
-            f"--micro-batches {args.micro_batches}: the run to resume has {stored}, "
-            "which its batch plan depends on"
-        )
-    if args.micro_batches % ranks.world_size:
-        several = f"a multiple of the {ranks.world_size} ranks"
-        raise ValueError(f"--micro-batches {args.micro_batches} must be {several}")
 
 
 def describe(
@@ -881,26 +763,6 @@ def describe(
     )
     lines.append(plan_table(plans) if plans else f"  {no_plan}")
     return "\n".join(lines)
-
-
-def find_start(
-    args: argparse.Namespace,
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
-    """(checkpoint to resume, checkpoint to initialise from, its path).
-
-    A run found in --out-dir wins over both flags.
-    """
-    resumed = args.out_dir if (args.out_dir / "ckpt" / "latest").exists() else args.resume
-    path = resumed or args.init
-    if path is None:
-        return None, None, None
-    path = training.find_checkpoint(path)
-    checkpoint = training.load_checkpoint(path)
-    parts = {"model", "config", "run", "args", "carried"}
-    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
-        missing = "it lacks model, config, run, args or carried"
-        raise ValueError(f"{path}: is not a checkpoint of pretrain.py: {missing}")
-    return (checkpoint, None, path) if resumed else (None, checkpoint, path)
 
 
 def find_tokenizer(
@@ -947,12 +809,13 @@ class Run:
         if self.ranks.rank == 0:
             model_bytes = list(self.tokenizer.model_bytes) if self.tokenizer else None
             training.save_checkpoint(self.args.out_dir, step, {
+                "entry_point": "pretrain.py",
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "config": dataclasses.asdict(self.model.config),
                 "modalities": list(self.model.encoder.modalities),
                 "tokenizer": torch.tensor(model_bytes, dtype=torch.uint8) if model_bytes else None,
-                "args": {"micro_batches": self.args.micro_batches},
+                "args": {"micro_batches": self.args.micro_batches, "size": self.args.size},
                 "run": self.identity,
                 "carried": self.carried,
             }, self.args.keep_last, self.args.keep_every)  # fmt: skip
@@ -964,15 +827,15 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
     Returns: None when there is nothing to run (--dry-run, or it is done).
     """
     objectives = resolve(args, ranks)
-    resumed, initial, path = find_start(args)
-    resolve_micro_batches(args, ranks, resumed)
+    resumed, initial, path = training.find_start(args, "pretrain.py")
+    training.resolve_micro_batches(args, ranks, resumed)
     given = [args.speech, args.text, args.paired]
     if args.dry_run and not any(given) and not demo.is_complete(args.demo_dir):
         with torch.device("meta"):
             ranks.log(describe(SlamPretraining(sized(args.size), objectives), {}, args))
         return None
     if not any(given):
-        demo_paths(args, ranks)
+        use_demo(args, ranks)
     tokenizer = find_tokenizer(args, objectives, resumed or initial)
     config = sized(args.size)
     if tokenizer:
@@ -1002,7 +865,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         model.unigram.copy_(unigram_of(rows, config.vocab_size))
     identity, start_step, carried = identity_of(args, config, objectives, rows), 0, {}
     if resumed:
-        changed = check_same_run(resumed["run"], identity, path)
+        changed = training.check_same_run(resumed["run"], identity, path)
         start_step, carried = resumed["step"], resumed["carried"]
         if start_step >= args.max_steps:
             ranks.log(
@@ -1019,10 +882,10 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         mean, std = data.feature_statistics(rows["speech"].manifest, seed=args.seed)
         model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
         model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
-    lr_scales = dict.fromkeys(TARGET_PARTS, config.target_lr_scale)
-    optimizer = training.make_optimizer(model, args.weight_decay, lr_scales)
+    rates = dict.fromkeys(TARGET_PARTS, training.Rate(config.target_lr_scale))
+    optimizer = training.make_optimizer(model, args.weight_decay, rates)
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
+        training.load_optimizer(optimizer, resumed["optimizer"])
     training.make_fast(model, args.fast, ranks.device)
     return Run(
         args, ranks, model, optimizer, rows, dev_rows, plans, tokenizer,
@@ -1031,78 +894,34 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
 
 
 def follow(run: Run) -> int:
-    """Train, and log, evaluate and save on the way.
-
-    Returns: 0, or the number of the signal that stopped it.
-    """
+    """Train it. Returns 0, or the number of the signal that stopped it."""
     args, ranks, model = run.args, run.ranks, run.model
-    log = None
-    if ranks.rank == 0:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        plain = {k: (str(v) if isinstance(v, Path) else v) for k, v in vars(args).items()}
-        about = {
-            "argv": sys.argv,
-            "args": plain,
-            "config": dataclasses.asdict(model.config),
-            "versions": training.versions(),
-        }
-        (args.out_dir / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-        log = training.MetricsLog(args.out_dir, run.start_step)
-    show = training.progress_bar(args.max_steps, run.start_step, ranks)
-    n_codes = model.config.n_codes if hasattr(model, "quantizer") else None
-    ringing: set[str] = set()
 
-    def on_log(step: int, metrics: dict[str, float]) -> None:
-        if ranks.rank == 0:
-            log.write(step, metrics)
-            show(step, progress_line(step, args, metrics, model.loss_names))
-            alarms = training.check_alarms(metrics, step, args.warmup_steps, n_codes)
-            for name in alarms.keys() - ringing:  # once, until it has been silent for a log line
-                ranks.log(f"ALARM step {step}: {alarms[name]}")
-            ringing.clear()
-            ringing.update(alarms)
+    def held_out(step: int) -> training.Evaluation:
+        metrics = evaluate(model, run.dev_rows, args, ranks)
+        names = [*model.loss_names, "tlm_text_wrong_speech", "retrieval"]
+        return training.Evaluation(metrics, training.summary_table(metrics, names))
 
-    def on_eval(step: int) -> None:
-        if run.dev_rows:
-            metrics = evaluate(model, run.dev_rows, args, ranks)
-            if ranks.rank == 0:
-                log.write(step, {f"dev/{k}": v for k, v in metrics.items()})
-                ranks.log(f"held out, step {step}\n{summary_table(metrics, model.loss_names)}")
-
-    dataset = data.PretrainData(**{name: (run.rows[name], run.plans[name]) for name in run.rows})
-    own = range(ranks.rank, args.micro_batches, ranks.world_size)
-    order = ((step, k) for step in range(run.start_step, args.max_steps) for k in own)
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=order, num_workers=args.num_workers,
-        pin_memory=ranks.device.type == "cuda", worker_init_fn=training.leave_signals_to_the_loop,
+    return training.follow(
+        model, data.PretrainData(**{name: (run.rows[name], run.plans[name]) for name in run.rows}),
+        args, ranks, run.start_step, optimizer=run.optimizer, save=run.save,
+        evaluate=held_out if run.dev_rows else None,
+        about={"config": dataclasses.asdict(model.config)},
     )  # fmt: skip
-    stopped_by = training.train(
-        model, iter(loader), args, ranks, run.start_step,
-        optimizer=run.optimizer, on_log=on_log, on_save=run.save, on_eval=on_eval,
-    )  # fmt: skip
-    if not stopped_by and ranks.rank == 0:
-        ranks.log(f"curves: {draw_curves(args.out_dir, model.loss_names)}")
-    return stopped_by
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, run, and turn a user's mistake into one line."""
+    """The entry point."""
     args = parse_arguments(argv)
-    ranks = training.setup_ranks()
-    try:
-        run = prepare(args, ranks)
-        if run is not None:
-            ranks.log(describe(run.model, run.plans, args))
-            if stopped_by := follow(run):
-                # As if the signal had ended it, so that scripts do not go on.
-                raise SystemExit(128 + stopped_by)
-    except (ValueError, OSError, FloatingPointError) as error:
-        # An error of a loader process arrives with that process's traceback before the one line.
-        last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        print(f"error: {last_line}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        training.leave_ranks(ranks)
+
+    def run(ranks: Ranks) -> int:
+        prepared = prepare(args, ranks)
+        if prepared is None:
+            return 0
+        ranks.log(describe(prepared.model, prepared.plans, args))
+        return follow(prepared)
+
+    training.run_entry_point(run)
 
 
 if __name__ == "__main__":

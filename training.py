@@ -9,15 +9,17 @@ One optimiser step is A micro-batches (`--micro-batches`), numbered k = 0..A-1 o
 r of W runs k = r, r+W, ...; a single process runs them all. So W ranks and one process with the
 same A do the same step.
 
-Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, make_optimizer, loss_scales, train,
-        evaluate_sums, means, save_checkpoint, load_checkpoint, find_checkpoint, MetricsLog,
-        check_alarms, make_fast, StopSignal, add_arguments.
+Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, Rate, make_optimizer, load_optimizer,
+        loss_scales, TensorBatch, train, evaluate_sums, means, save_checkpoint, load_checkpoint,
+        find_checkpoint, MetricsLog, check_alarms, follow, run_entry_point, find_start,
+        check_same_run, make_fast, StopSignal, add_arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import math
@@ -30,13 +32,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 CODEBOOK_ALARM = 0.05  # of V: a hard perplexity below this share is called a collapse
@@ -128,27 +131,41 @@ def inverse_sqrt(step: int, peak: float, warmup_steps: int) -> float:
     return peak * min(step / warmup_steps, math.sqrt(warmup_steps / step))
 
 
+class Rate(NamedTuple):
+    """The learning rate of a part of the model."""
+
+    scale: float = 1.0  # peak relative to --lr
+    warmup_steps: int | None = None  # None: --warmup-steps
+
+
 def make_optimizer(
-    model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None
+    model: nn.Module, weight_decay: float, rates: dict[str, Rate] | None = None
 ) -> torch.optim.AdamW:
     """AdamW with decay on matrices only: biases, norms and scalars have one dimension.
 
     UNSPECIFIED IN PAPER: betas and eps, here those of the Conformer paper (section 3.2).
 
-    Args: lr_scales {prefix of parameter names: learning rate relative to --lr}; other parameters
-          have 1. With Adam this is what scaling a gradient would be with SGD: Adam divides a
-          constant factor out again.
+    Args: rates {prefix of parameter names: Rate}; other parameters have Rate(). With Adam this is
+          what scaling a gradient would be with SGD: Adam divides a constant factor out again.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[Rate, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        scale = next((s for prefix, s in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
+        of_part = (rate for prefix, rate in (rates or {}).items() if name.startswith(prefix))
         decay = weight_decay if parameter.dim() >= 2 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
+        groups.setdefault((next(of_part, Rate()), decay), []).append(parameter)
     options = [
-        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay} | rate._asdict()
+        for (rate, decay), parameters in groups.items()
     ]
     return torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Take the moments of a checkpoint; rates and decay stay what the command line says now."""
+    now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(stored)
+    for group, its in zip(optimizer.param_groups, now, strict=True):
+        group.update(its)
 
 
 def optimizer_step(
@@ -186,6 +203,20 @@ def loss_scales(
 
 
 # ----------------------------------------------------------------------------------------- the loop
+
+
+class TensorBatch:
+    """What every batch can do: move all its tensors. A dataclass of tensors derives from this."""
+
+    def _map(self, move: Callable[[Any], Any]) -> Any:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{k: move(v) for k, v in values.items() if v is not None})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Any:
+        return self._map(lambda value: value.pin_memory())
 
 
 class StopSignal:
@@ -304,7 +335,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     on_log: Callable[[int, dict[str, float]], None],
     on_save: Callable[[int], None],
-    on_eval: Callable[[int], None] | None = None,
+    on_eval: Callable[[int], bool] | None = None,
 ) -> int:
     """The loop: from `start_step` to args.max_steps, one optimiser step at a time.
 
@@ -313,9 +344,8 @@ def train(
                             each step.
              micro_batches  this rank's batches in plan order: A/W of them a step.
              on_log(step, metrics), on_save(step), on_eval(step): called on every rank, after the
-                            step.
-    Returns: 0 at args.max_steps, or the number of the signal that stopped it (on_save has been
-             called).
+                            step. The last one may answer True, on all ranks alike: enough.
+    Returns: 0 at the end, or the number of the signal that stopped it (on_save has been called).
     Raises:  FloatingPointError after args.max_bad_steps steps in a row with non-finite gradients,
              on all ranks alike.
     """
@@ -349,7 +379,8 @@ def train(
 
         lr = inverse_sqrt(step, args.lr, args.warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            peak, warmup_steps = args.lr * group["scale"], group["warmup_steps"]
+            group["lr"] = inverse_sqrt(step, peak, warmup_steps or args.warmup_steps)
         for k, batch in zip(local, batches):
             seed_micro_batch(args.seed, step, k)
             last = k == local[-1]
@@ -389,8 +420,11 @@ def train(
             on_save(done)
         due = done == args.max_steps or (args.eval_every and done % args.eval_every == 0)
         if on_eval is not None and due:
-            on_eval(done)
+            enough = on_eval(done)
             model.train()
+            if enough:
+                on_save(done)
+                return 0
         if window_steps == 0:
             window_start = time.perf_counter()  # evaluation and saving are not part of step_ms
     return 0
@@ -548,6 +582,84 @@ def progress_bar(max_steps: int, start_step: int, ranks: Ranks) -> Callable[[int
     return show
 
 
+def progress_line(
+    step: int, args: argparse.Namespace, metrics: dict[str, float], loss_names: list[str]
+) -> str:
+    """One plain line: each loss with its accuracy, codes, rate, speed."""
+    parts = [f"step {step:>5}/{args.max_steps}"]
+    for name in loss_names:
+        if f"loss/{name}" in metrics:
+            accuracy = f" ({100 * metrics[f'acc/{name}']:.1f}%)" if f"acc/{name}" in metrics else ""
+            parts.append(f"{name} {metrics[f'loss/{name}']:.3f}{accuracy}")
+    if "ppl/code" in metrics:
+        parts.append(f"ppl {metrics['ppl/code']:.0f}")
+    parts.append(f"lr {metrics['lr']:.1e}")
+    parts += [f"grad {metrics['grad_norm']:.2f}", f"{metrics['step_ms']:.0f} ms"]
+    return "  ".join(parts)
+
+
+def summary_table(metrics: dict[str, float], names: Iterable[str]) -> str:
+    """Objective, loss against its chance level, accuracy against that of a blind guess.
+
+    The last line is the share of codes in use.
+    """
+    lines = [f"  {'objective':<24}{'loss':>9}{'chance':>9}{'accuracy':>11}{'chance':>9}"]
+
+    def cell(key: str, percent: bool, width: int) -> str:
+        value = metrics.get(key)
+        text = "" if value is None else (f"{100 * value:.2f}%" if percent else f"{value:.3f}")
+        return f"{text:>{width}}"
+
+    for name in names:
+        if f"loss/{name}" in metrics or f"acc/{name}" in metrics:
+            cells = [cell(f"loss/{name}", False, 9), cell(f"chance_loss/{name}", False, 9)]
+            cells += [cell(f"acc/{name}", True, 11), cell(f"chance/{name}", True, 9)]
+            lines.append(f"  {name:<24}" + "".join(cells))
+    if "codes_used" in metrics:
+        used = f"{100 * metrics['codes_used']:.1f}%"
+        lines.append(f"  codes in use {used}, perplexity {metrics['ppl/code']:.1f}")
+    return "\n".join(lines)
+
+
+def draw_curves(out_dir: Path, loss_names: list[str]) -> Path:
+    """curves.png from metrics.jsonl, a panel an objective.
+
+    Training and held-out loss against the chance level.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(out_dir / "metrics.jsonl")
+    panels = [name for name in loss_names if any(f"loss/{name}" in row for row in rows)]
+    panels += ["ppl/code"] if any("ppl/code" in row for row in rows) else []
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (3.4 * columns, 2.6 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for axis, name in zip(axes.flat, panels):
+        keys = [("ppl/code" if name == "ppl/code" else f"loss/{name}", "train", "C0-")]
+        if name != "ppl/code":
+            keys.append((f"chance_loss/{name}", "chance", "C1:"))
+            keys.append((f"dev/loss/{name}", "held out", "C2o"))
+        for key, label, style in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points), style, label=label, markersize=3)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out_dir / "curves.png", dpi=120)
+    plt.close(figure)
+    return out_dir / "curves.png"
+
+
 def check_alarms(
     metrics: dict[str, float], step: int, warmup_steps: int, n_codes: int | None
 ) -> dict[str, str]:
@@ -576,6 +688,178 @@ def check_alarms(
         wait, whole = metrics["data_wait_ms"], metrics["step_ms"]
         alarms["data"] = f"{wait:.0f} of {whole:.0f} ms a step wait for data: raise --num-workers"
     return alarms
+
+
+# ---------------------------------------------------------------------- a run and what it leaves
+
+
+class Evaluation(NamedTuple):
+    """What a held-out pass found."""
+
+    metrics: dict[str, float]
+    table: str  # for the reader
+    enough: bool = False  # training may end here
+
+
+def follow(
+    model: nn.Module,
+    dataset: Dataset,
+    args: argparse.Namespace,
+    ranks: Ranks,
+    start_step: int,
+    *,
+    optimizer: torch.optim.Optimizer,
+    about: dict[str, Any],
+    save: Callable[[int], None],
+    evaluate: Callable[[int], Evaluation] | None,
+) -> int:
+    """Train, and log, evaluate and save on the way: all that a run leaves in its folder.
+
+    Args:    dataset       item (step, k) is micro-batch k of optimiser step `step`.
+             about         goes into config.json, beside the command line.
+             save(step)    writes a checkpoint; evaluate(step) is called on all ranks.
+    Returns: 0, or the number of the signal that stopped it.
+    """
+    log = None
+    if ranks.rank == 0:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        plain = {k: (str(v) if isinstance(v, Path) else v) for k, v in vars(args).items()}
+        about = {"argv": sys.argv, "args": plain, "versions": versions()} | about
+        (args.out_dir / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        log = MetricsLog(args.out_dir, start_step)
+    show = progress_bar(args.max_steps, start_step, ranks)
+    n_codes = model.config.n_codes if hasattr(model, "quantizer") else None
+    ringing: set[str] = set()
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        if ranks.rank == 0:
+            log.write(step, metrics)
+            show(step, progress_line(step, args, metrics, model.loss_names))
+            alarms = check_alarms(metrics, step, args.warmup_steps, n_codes)
+            for name in alarms.keys() - ringing:  # once, until it has been silent for a log line
+                ranks.log(f"ALARM step {step}: {alarms[name]}")
+            ringing.clear()
+            ringing.update(alarms)
+
+    def on_eval(step: int) -> bool:
+        found = evaluate(step)
+        if ranks.rank == 0:
+            log.write(step, {f"dev/{k}": v for k, v in found.metrics.items()})
+            ranks.log(f"held out, step {step}\n{found.table}")
+        return found.enough
+
+    own = range(ranks.rank, args.micro_batches, ranks.world_size)
+    order = ((step, k) for step in range(start_step, args.max_steps) for k in own)
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=order, num_workers=args.num_workers,
+        pin_memory=ranks.device.type == "cuda", worker_init_fn=leave_signals_to_the_loop,
+    )  # fmt: skip
+    stopped_by = train(
+        model, iter(loader), args, ranks, start_step,
+        optimizer=optimizer, on_log=on_log, on_save=save, on_eval=evaluate and on_eval,
+    )  # fmt: skip
+    if not stopped_by and ranks.rank == 0:
+        ranks.log(f"curves: {draw_curves(args.out_dir, model.loss_names)}")
+    return stopped_by
+
+
+def run_entry_point(run: Callable[[Ranks], int]) -> None:
+    """Join the ranks, run, and turn a user's mistake into one line and exit code 2.
+
+    Args: run  what an entry point does; returns 0, or the number of the signal that stopped it.
+    """
+    ranks = setup_ranks()
+    try:
+        if stopped_by := run(ranks):
+            # As if the signal had ended it, so that scripts do not go on.
+            raise SystemExit(128 + stopped_by)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # An error of a loader process arrives with that process's traceback before the one line.
+        last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        print(f"error: {last_line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        leave_ranks(ranks)
+
+
+def check_numbers(args: argparse.Namespace, **names: Iterable[str]) -> None:
+    """Refuse numbers that cannot be: options `from_1`, `from_0`, `above_0`, or `share`s.
+
+    Raises: ValueError naming the flag.
+    """
+    rules = {
+        "from_1": (lambda value: value >= 1, "must be at least 1"),
+        "from_0": (lambda value: value >= 0, "must not be negative"),
+        "above_0": (lambda value: 0 < value < math.inf, "must be above 0"),
+        "share": (lambda value: 0 < value < 1, "expected a share between 0 and 1"),
+    }
+    for rule, its_names in names.items():
+        fits, expected = rules[rule]
+        for name in its_names:
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {expected}")
+
+
+def find_start(
+    args: argparse.Namespace, entry_point: str
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
+    """(checkpoint to resume, checkpoint to initialise from, its path).
+
+    A run found in --out-dir wins over --resume and --init, so that the same command goes on. Only
+    a run of the same entry point can be resumed; any starts from one of pretrain.py.
+    """
+    resumed = args.out_dir if (args.out_dir / "ckpt" / "latest").exists() else args.resume
+    path = resumed or args.init
+    if path is None:
+        return None, None, None
+    path, expected = find_checkpoint(path), entry_point if resumed else "pretrain.py"
+    checkpoint = load_checkpoint(path)
+    made_by = checkpoint.get("entry_point") if isinstance(checkpoint, dict) else None
+    if made_by != expected:
+        found = f"one of {made_by}" if made_by else "nothing of ours"
+        raise ValueError(f"{path}: is not a checkpoint of {expected} but {found}")
+    return (checkpoint, None, path) if resumed else (None, checkpoint, path)
+
+
+def resolve_micro_batches(
+    args: argparse.Namespace, ranks: Ranks, checkpoint: dict[str, Any] | None
+) -> None:
+    """A: as given, else as the resumed run had it, else one a rank.
+
+    It must be a multiple of the number of ranks.
+    """
+    stored = checkpoint["args"]["micro_batches"] if checkpoint else None
+    args.micro_batches = args.micro_batches or stored or ranks.world_size
+    if stored and stored != args.micro_batches:
+        raise ValueError(
+            f"--micro-batches {args.micro_batches}: the run to resume has {stored}, "
+            "which its batch plan depends on"
+        )
+    if args.micro_batches % ranks.world_size:
+        several = f"a multiple of the {ranks.world_size} ranks"
+        raise ValueError(f"--micro-batches {args.micro_batches} must be {several}")
+
+
+def check_same_run(
+    stored: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], path: Path
+) -> list[str]:
+    """Compare a checkpoint's run with this one.
+
+    Returns: a sentence for each setting that was changed and may be.
+    Raises:  ValueError for the first thing that differs and may not.
+    """
+    for name, value in now["same"].items():
+        if stored["same"].get(name) != value:
+            raise ValueError(
+                f"{path}: cannot be resumed, {name} was {stored['same'].get(name)} and now is "
+                f"{value}; repeat the old options, or start a new run with another --out-dir"
+            )
+    return [
+        f"{name} was {stored['may change'].get(name)} until here and is {value} from now on"
+        for name, value in now["may change"].items()
+        if stored["may change"].get(name) != value
+    ]
 
 
 # -------------------------------------------------------------------------- fast path and arguments
@@ -647,7 +931,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="AdamW decay of matrices (default: %(default)s)",
     )
     add("--grad-clip", type=float, help="largest gradient norm (default: the size's)")
-    add("--loss-weights", default="", metavar="NAME=W,...", help="weights other than the method's")
     add(
         "--micro-batches",
         type=int,

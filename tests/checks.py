@@ -716,7 +716,7 @@ class _StopAtStep:
     """Stands for an optimiser."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.param_groups = model, [{"lr_scale": 1.0}]
+        self.model, self.param_groups = model, [{"scale": 1.0, "warmup_steps": None}]
 
     def step(self) -> None:
         raise _Stepped(self.model.weight.grad.clone())

@@ -208,8 +208,7 @@ FAULTS = {
         "self.write(torch.full((n_rows, 1), BLANK_ID, device=device))",
         "self.write(torch.full((n_rows, 1), BLANK_ID + 1, device=device))",
         lambda module: checks.check_recognition_begins_as_training_does(losses, module),
-
-
+    ),
     # decoders
     "paths to one prefix are not added up": Fault(
         "decoders",

@@ -408,7 +408,7 @@ def test_every_parameter_gets_a_gradient():
     encoder = SlamEncoder(SIZES["tiny"])
     conv, lens = encoder.speech.subsample(torch.randn(2, 60, N_MELS), torch.tensor([60, 33]))
     _, states = encoder.speech.encode(conv, lens)
-    text = encoder.text(torch.randint(0, 512, (2, 9)))
+    text = encoder.text(torch.randint(0, SIZES["tiny"].vocab_size, (2, 9)))
     out = encoder.multimodal(*join(states, lens, text, torch.tensor([9, 4])))
     (out * torch.randn_like(out)).sum().backward()
     without = [
@@ -443,7 +443,7 @@ def write_checkpoint(path, modalities=("speech", "text"), tokenizer=None, **chan
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.Tokenizer.train(SENTENCES, 40)
+    return data.Tokenizer.train(SENTENCES, 60)
 
 
 @pytest.fixture(scope="module")

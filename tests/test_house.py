@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "corpora": {"conformer", "training"},
     "data": {"conformer", "training", "corpora"},
     "rnnt": {"conformer", "losses"},
-    "decoders": {"conformer", "losses", "rnnt"},
+    "decoders": {"conformer", "losses", "rnnt", "training"},
     "pretrain": GROUND | {"corpora", "data"},
     "evaluate": GROUND | {"corpora", "data", "decoders", "rnnt", "pretrain"},
     "finetune": GROUND | {"corpora", "data", "decoders", "rnnt", "pretrain", "evaluate"},

@@ -798,7 +798,7 @@ def test_doubling_one_stream_leaves_the_mean_of_every_loss(still_model, doubled)
 def test_wrong_speech_keeps_texts_and_their_masks_and_changes_the_speech(corpus, micro):
     model, _, dev_rows, _ = prepare(corpus)
     (right,) = data.HeldOut({"pairs": dev_rows["pairs"]}, {"pairs": 9999})
-    wrong = pretrain.with_wrong_speech(right)
+    wrong = pretrain.with_wrong_speech("pairs", right.pairs)
     for name, value in vars(right.pairs.text).items():
         assert torch.equal(getattr(wrong.pairs.text, name), value), name
     before, after = right.pairs.speech, wrong.pairs.speech
@@ -891,9 +891,9 @@ def test_what_is_no_checkpoint_is_refused_by_name(corpus, micro, capsys, tmp_pat
 def test_micro_batches_must_be_a_multiple_of_the_ranks(corpus):
     args = pretrain.parse_arguments(["--micro-batches", "3"])
     with pytest.raises(ValueError, match="--micro-batches 3.*multiple of the 2 ranks"):
-        pretrain.resolve_micro_batches(args, dataclasses.replace(ALONE, world_size=2), None)
+        training.resolve_micro_batches(args, dataclasses.replace(ALONE, world_size=2), None)
     args = pretrain.parse_arguments([])
-    pretrain.resolve_micro_batches(args, dataclasses.replace(ALONE, world_size=2), None)
+    training.resolve_micro_batches(args, dataclasses.replace(ALONE, world_size=2), None)
     assert args.micro_batches == 2
 
 
@@ -970,6 +970,6 @@ def test_without_data_arguments_the_demo_is_made_and_trained_on(
     assert "retrieval" not in printed
     prepared = tmp_path / "demo_data" / "manifests"
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
-    assert len(before) == 4
+    assert len(before) == 8
     run_here(["--max-steps", 1, "--out-dir", "again", "--align", "none", "--modalities", "text"])
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before

@@ -131,7 +131,8 @@ def test_optimiser_holds_every_parameter_once_and_decays_matrices_only():
 
 def test_named_parts_learn_at_their_own_rate():
     model = Toy()
-    optimizer, begin = training.make_optimizer(model, 0.0, {"linear.bias": 0.1}), weights(model)
+    slow = {"linear.bias": training.Rate(0.1)}
+    optimizer, begin = training.make_optimizer(model, 0.0, slow), weights(model)
     training.train(
         model, iter([rows(4, 0), rows(4, 1)]), options(max_steps=2), ALONE, 0,
         optimizer=optimizer, on_log=lambda step, metrics: None, on_save=lambda step: None,
@@ -140,6 +141,35 @@ def test_named_parts_learn_at_their_own_rate():
     assert [rates[id(p)] for p in model.parameters()] == pytest.approx([0.1, 0.01])
     moved = [float((p - old).abs().max()) for p, old in zip(weights(model), begin)]
     assert moved[0] > 0.1 > 5 * moved[1]  # Adam's first steps are about as long as the rate
+
+
+def test_a_part_may_have_a_warmup_of_its_own():
+    """Fine-tuning: the new decoder is at its peak before the encoder is (METHOD.md 7)."""
+    model, rates = Toy(), {"linear.bias": training.Rate(2.0, warmup_steps=2)}
+    optimizer = training.make_optimizer(model, 0.0, rates)
+    seen = []
+    for n_steps in (1, 2, 8):
+        training.train(
+            model, iter([rows(4, 0)] * n_steps), options(max_steps=n_steps, warmup_steps=8), ALONE,
+            0, optimizer=optimizer, on_log=lambda *_: None, on_save=lambda *_: None,
+        )  # fmt: skip
+        lrs = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        seen += [lrs[id(p)] for p in model.parameters()]
+    peak = options().lr
+    expected = [peak / 8, peak, peak / 4, 2 * peak, peak, 2 * peak * (2 / 8) ** 0.5]
+    assert seen == pytest.approx(expected)
+
+
+def test_moments_are_taken_from_a_checkpoint_and_rates_from_the_command_line():
+    model = Toy()
+    old, new = (training.make_optimizer(model, decay) for decay in (0.1, 0.3))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    old.step()
+    training.load_optimizer(new, old.state_dict())
+    assert sorted(group["weight_decay"] for group in new.param_groups) == [0.0, 0.3]
+    for parameter in model.parameters():
+        assert torch.equal(new.state[parameter]["exp_avg"], old.state[parameter]["exp_avg"])
 
 
 def test_clipping_scales_all_gradients_to_the_norm_and_leaves_small_ones_alone():

@@ -1,0 +1,776 @@
+"""Decode and score: word error rate, BLEU, accuracy, sentence error rate; and use a model on files.
+
+SLAM (Bapna et al. 2021) section 4: recognition, translation, GLUE and text normalisation.
+
+    python evaluate.py --checkpoint runs/asr --data test.jsonl            # scores.json, answers.tsv
+    python evaluate.py --checkpoint runs/asr --audio talk.mp3             # of any length
+    python evaluate.py --checkpoint runs/sst2 --text "what a charming film"
+
+No score without what it was computed from: answers go to a TSV file beside their references, and
+`--answers` scores such a file again; one with a line missing or twice is refused. Several ranks
+share the rows, and no row counts twice.
+
+Public:  Task, TASKS, TaskSet, SpeechTaskRows, TextTaskRows, read_task_set, FineTuned,
+         load_fine_tuned, answer_all, NORMALISERS, score, word_errors, bleu, label_scores,
+         normalisation_errors, transcribe.
+Letters: B rows, F log-mel frames, U tokens, n rows of a set, N wave samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import training
+from conformer import CLS_ID, N_MELS, SAMPLE_RATE, SEP_ID, SlamConfig, log_mel
+from corpora import (
+    GLUE,
+    Manifest,
+    SpokenToken,
+    TextExample,
+    Tokenizer,
+    paths_of,
+    read_audio,
+    read_glue,
+    read_textnorm,
+)
+from decoders import HeadConfig, TaskBatch, TaskModel
+from training import Ranks
+
+
+class Task(NamedTuple):
+    """What a task reads and how well it is done."""
+
+    modality: str  # speech or text
+    heads: tuple[str, ...]  # that may answer it, the default first
+    score: str  # name of the figure that ranks models
+    higher_is_better: bool
+
+
+TASKS = {
+    "asr": Task("speech", ("rnnt", "ctc"), "wer", False),
+    "st": Task("speech", ("attention",), "bleu", True),
+    **{name: Task("text", ("classifier",), "accuracy", True) for name in GLUE},
+    "textnorm": Task("text", ("attention",), "ser", False),
+}
+
+# ---------------------------------------------------------------------------- what a task is given
+
+
+class TaskSet(NamedTuple):
+    """A set of examples: what a model reads of them, and what they are scored by.
+
+    The rows are those that a model can read. An example that is not among them is not forgotten:
+    its answer is empty, and counts as an error.
+    """
+
+    ids: list[str]  # of all examples, all different
+    references: list[str]
+    rows: SpeechTaskRows | TextTaskRows
+    tags: list[int] | None = None  # of translation: which of the head's languages each is in
+    sentences: list[list[SpokenToken]] | None = None  # of text normalisation
+
+
+class SpeechTaskRows:
+    """Utterances and the texts that they are to become.
+
+    Attributes: kept         (n,) int64, which examples of the manifest these rows are.
+                lengths      (n,) int64 log-mel frames.
+                target_lens  (n,) int64 tokens.
+                left_out     reason to number of examples that cannot be used.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        targets: list[list[int]],
+        tags: list[int],
+        *,
+        max_audio_s: float,
+        seed: int,
+        augment: bool,
+    ) -> None:
+        """Choose the rows.
+
+        Args:   targets  token lists; tags, which of the head's tags each has; one a manifest row.
+                augment  hide parts by SpecAugment, others in each epoch.
+        Raises: ValueError when none is usable.
+        """
+        self.seed, self.augment = seed, augment
+        target_lens = np.array([len(target) for target in targets], np.int64)
+        too_long = {f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s}
+        # Rows to be trained on need a target; rows to be scored need none.
+        empty = {"without text": target_lens == 0} if augment else {}
+        keep, self.left_out = data.usable(manifest, too_long | empty)
+        self.manifest, self.kept = manifest.filtered(keep), np.flatnonzero(keep)
+        self.lengths, self.target_lens = data.row_frames(self.manifest), target_lens[keep]
+        self._targets, self._tags = targets, tags
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    def collate(
+        self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int, target_len: int | None = None
+    ) -> TaskBatch:
+        """Rows as they are in these epochs, in bucket_len frames and target_len tokens."""
+        hidden: dict[str, Tensor] = {}
+        features, lens = torch.zeros(len(rows), bucket_len, N_MELS), []  # (B, F, 80)
+        if self.augment:
+            hidden["hidden_frames"] = torch.zeros(len(rows), bucket_len, dtype=torch.bool)
+            hidden["hidden_bins"] = torch.zeros(len(rows), N_MELS, dtype=torch.bool)
+        for b, (row, epoch) in enumerate(zip(rows, epochs)):
+            seconds, most = self.manifest.durations[row], self.lengths[row]
+            its = data.read_features(self.manifest, row, 0.0, seconds, most)
+            features[b, : len(its)] = its
+            lens.append(len(its))
+            if self.augment:
+                rng = data.row_rng(self.seed, epoch, row, data.SPEC_AUGMENT)
+                frames, bins = map(torch.from_numpy, data.spec_augment(rng, len(its)))
+                hidden["hidden_frames"][b, : len(its)], hidden["hidden_bins"][b] = frames, bins
+        chosen = self.kept[rows].tolist()
+        targets, target_lens = _padded([self._targets[i] for i in chosen], target_len)
+        return TaskBatch(
+            torch.tensor(lens), features, **hidden, targets=targets, target_lens=target_lens,
+            tags=torch.tensor([self._tags[i] for i in chosen]),
+        )  # fmt: skip
+
+
+class TextTaskRows:
+    """Token sequences to be classified or rewritten; attributes as in SpeechTaskRows."""
+
+    def __init__(
+        self,
+        inputs: list[list[int]],
+        *,
+        labels: list[int] | None = None,
+        targets: list[list[int]] | None = None,
+        max_tokens: int,
+    ) -> None:
+        """Choose the rows.
+
+        Args:   inputs  token lists that begin with [CLS]; labels, or targets: their answers.
+        Raises: ValueError when none is usable.
+        """
+        self._inputs, self._labels, self._targets = inputs, labels, targets
+        lengths = np.array([len(row) for row in inputs], np.int64)
+        self.kept = np.flatnonzero(lengths <= max_tokens)
+        n_long, reason = len(inputs) - len(self.kept), f"longer than --max-tokens {max_tokens}"
+        self.left_out = {reason: n_long} if n_long else {}
+        if not len(self.kept):
+            raise ValueError(f"0 of {len(inputs)} rows usable: all are {reason}")
+        self.lengths = lengths[self.kept]
+        target_lens = [len(targets[i]) if targets else 0 for i in self.kept]
+        self.target_lens = np.array(target_lens, np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        everything = json.dumps([self._inputs, self._labels, self._targets])
+        return hashlib.sha256(everything.encode()).hexdigest()[:16]
+
+    def collate(
+        self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int, target_len: int | None = None
+    ) -> TaskBatch:
+        """Rows in bucket_len tokens; nothing of them is random."""
+        chosen = self.kept[rows].tolist()
+        tokens, lens = _padded([self._inputs[i] for i in chosen], bucket_len)
+        if self._labels is not None:
+            labels = torch.tensor([self._labels[i] for i in chosen])
+            return TaskBatch(lens, tokens=tokens, labels=labels)
+        targets, target_lens = _padded([self._targets[i] for i in chosen], target_len)
+        tags = torch.zeros(len(chosen), dtype=torch.int64)
+        return TaskBatch(lens, tokens=tokens, targets=targets, target_lens=target_lens, tags=tags)
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int | None) -> tuple[Tensor, Tensor]:
+    """Token lists -> (B, U) int64, PAD after their ends, U the longest if not given; (B,) lens."""
+    arrays = [np.array(row, np.int64) for row in rows]
+    longest = max(map(len, arrays), default=0)
+    padded = data.padded(arrays, longest if width is None else width)
+    return torch.from_numpy(padded), torch.tensor([len(row) for row in arrays])
+
+
+# ----------------------------------------------------------------------------------- reading a set
+
+
+class TaskTokenizers(NamedTuple):
+    """The encoder's tokenizer, for what is read; the target's, for what is written."""
+
+    source: Tokenizer | None
+    target: Tokenizer | None
+
+
+def read_task_set(
+    task: str,
+    comma_list: str,
+    tokenizers: TaskTokenizers,
+    head: HeadConfig,
+    *,
+    max_audio_s: float,
+    max_tokens: int,
+    seed: int = 0,
+    training_set: bool = False,
+) -> TaskSet:
+    """Read files in the form in which the task's data are distributed, comma separated.
+
+    Recognition and translation: manifests of data.py. GLUE: TSV files. Text normalisation: files
+    or a folder of Google's.
+
+    Raises: FileNotFoundError; ValueError naming file and row.
+    """
+    paths = paths_of(comma_list)
+    if TASKS[task].modality == "speech":
+        manifest = Manifest.read(paths, text_required=task == "asr")
+        references, tags = _spoken_references(manifest, head.tags)
+        targets = [tokenizers.target.encode(text) for text in references]
+        rows = SpeechTaskRows(
+            manifest, targets, tags, max_audio_s=max_audio_s, seed=seed, augment=training_set
+        )
+        return TaskSet(_ids_of(manifest), references, rows, tags=tags)
+    if task == "textnorm":
+        sentences, report = read_textnorm(paths)
+        inputs = [sentence_input(s, tokenizers.source) for s in sentences]
+        targets = [tokenizers.target.encode(sentence_target(s)) for s in sentences]
+        most = max_tokens if training_set else max(map(len, inputs))
+        rows = TextTaskRows(inputs, targets=targets, max_tokens=most)
+        references = [sentence_target(s) for s in sentences]
+        ids = [str(i) for i in range(len(inputs))]
+        task_set = TaskSet(ids, references, rows, sentences=sentences)
+    else:
+        examples, report = read_glue(task, paths)
+        if training_set and any(example.label is None for example in examples):
+            raise ValueError(f"{comma_list}: has no labels; is it a test file?")
+        inputs = [pair_input(e.texts, tokenizers.source, max_tokens) for e in examples]
+        known = {label: i for i, label in enumerate(head.labels)} | {None: -1}
+        labels = [known[example.label] for example in examples]
+        rows = TextTaskRows(inputs, labels=labels, max_tokens=max_tokens)
+        task_set = TaskSet(_glue_ids(examples), [e.label or "" for e in examples], rows)
+    rows.left_out |= {reason: count for reason, (count, _) in report.rejected.items()}
+    return task_set
+
+
+def _spoken_references(manifest: Manifest, tags: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """What each row should become: its transcript, or its translation and the language's tag."""
+    references, its_tags = [], []
+    for i in range(len(manifest)):
+        row = manifest.row(i)
+        if tags == ("",):
+            references.append(row["text"])
+            its_tags.append(0)
+            continue
+        language = row.get("target_lang")
+        if not isinstance(row.get("translation"), str) or language not in tags:
+            found = f"translation into {language!r}" if "translation" in row else "no translation"
+            raise ValueError(f"{manifest.where(i)}: {found}; expected {','.join(tags)} (--targets)")
+        references.append(row["translation"])
+        its_tags.append(tags.index(language))
+    return references, its_tags
+
+
+def _ids_of(manifest: Manifest) -> list[str]:
+    """The rows' own ids, or where they lack them or repeat, `manifest:line`."""
+    ids = [manifest.row(i).get("id") for i in range(len(manifest))]
+    repeated = Counter(ids)
+    return [
+        name if isinstance(name, str) and repeated[name] == 1 else manifest.where(i)
+        for i, name in enumerate(ids)
+    ]
+
+
+def _glue_ids(examples: list[TextExample]) -> list[str]:
+    """Ids of the file; of several files with the same ids, the place as well."""
+    if len({example.id for example in examples}) == len(examples):
+        return [example.id for example in examples]
+    return [f"{example.id}#{place}" for place, example in enumerate(examples)]
+
+
+def pair_input(
+    texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None
+) -> list[int]:
+    """`[CLS] a [SEP]`, or `[CLS] a [SEP] b [SEP]`.
+
+    What is over max_tokens is cut off the end of the longest text, token by token, as for BERT.
+    """
+    parts = [tokenizer.encode(text) for text in texts]
+    while max_tokens and 1 + sum(len(part) + 1 for part in parts) > max_tokens:
+        max(parts, key=len).pop()
+    return [CLS_ID, *(i for part in parts for i in (*part, SEP_ID))]
+
+
+# How text normalisation is put as a sequence. The model reads written tokens, each closed by [SEP],
+# and writes for each what it is read out as. UNSPECIFIED IN PAPER. In this form a token that stays
+# costs one symbol and keeps its case, and every error belongs to a token, whose class is known.
+KEEP, SILENT, NEXT = "<self>", "<sil>", "|"
+NORMALISATION_SYMBOLS = (KEEP, SILENT, NEXT)
+
+
+def sentence_input(sentence: Iterable[SpokenToken], tokenizer: Tokenizer) -> list[int]:
+    """`[CLS] token [SEP] token [SEP] ...`."""
+    return pair_input([token.written for token in sentence], tokenizer)
+
+
+def sentence_target(sentence: Iterable[SpokenToken]) -> str:
+    """`<self>|forty dollars|<sil>`: what each token becomes, in one string."""
+    said = ({"<self>": KEEP, "sil": SILENT}.get(token.spoken, token.spoken) for token in sentence)
+    return NEXT.join(said)
+
+
+# --------------------------------------------------------------------------------- decoding a set
+
+
+class FineTuned(NamedTuple):
+    """All that is needed to use a fine-tuned model."""
+
+    task: str
+    model: TaskModel
+    tokenizers: TaskTokenizers
+    max_audio_s: float
+    max_tokens: int
+
+
+def load_fine_tuned(path: Path, device: torch.device) -> FineTuned:
+    """The model of a fine-tuning checkpoint, in eval mode; of a run's folder its best.
+
+    Raises: ValueError, FileNotFoundError.
+    """
+    best = path / "ckpt" / "best.pt"
+    found = best if best.exists() else training.find_checkpoint(path)
+    checkpoint = training.load_checkpoint(found)
+    made_by = checkpoint.get("entry_point") if isinstance(checkpoint, dict) else None
+    if made_by != "finetune.py":
+        raise ValueError(f"{found}: is not a checkpoint of finetune.py but of {made_by}")
+    head = dict(checkpoint["head"])
+    head |= {name: tuple(head[name]) for name in ("labels", "tags")}
+    task, config = checkpoint["task"], SlamConfig(**checkpoint["config"])
+    model = TaskModel(config, TASKS[task].modality, HeadConfig(**head))
+    model.load_state_dict(checkpoint["model"])
+    stored = (checkpoint[name] for name in ("tokenizer", "target_tokenizer"))
+    tokenizers = (None if part is None else Tokenizer(bytes(part.tolist())) for part in stored)
+    limits = checkpoint["max_audio_s"], checkpoint["max_tokens"]
+    return FineTuned(task, model.to(device).eval(), TaskTokenizers(*tokenizers), *limits)
+
+
+class Search(NamedTuple):
+    """How answers are searched for."""
+
+    width: int = 1  # 1: greedy
+    length_penalty: float = 0.0  # of attention
+    batch_units: int = 16_000  # log-mel frames or tokens decoded at a time, padding counted
+
+
+def answer_all(
+    model: TaskModel, task_set: TaskSet, target: Tokenizer | None, search: Search, ranks: Ranks
+) -> list[str]:
+    """The model's answer to every example, in order; "" to those that are not among the rows.
+
+    Ranks share the batches; all get all answers.
+    Raises: RuntimeError where the ranks together have not answered each row exactly once.
+    """
+    rows, own = task_set.rows, {}
+    units = {"task": search.batch_units}
+    batches = data.HeldOut({"task": rows}, units, make=lambda name, batch: batch)
+    model.eval()
+    for i in range(ranks.rank, len(batches), ranks.world_size):
+        found = model.decode(batches[i].to(ranks.device), search.width, search.length_penalty)
+        for row, tokens in zip(batches.chosen[i][1].tolist(), found, strict=True):
+            own[int(rows.kept[row])] = text_of(model, tokens, target)
+    n_answered = torch.tensor(len(own), dtype=torch.float64, device=ranks.device)
+    answers, n_answered = ranks.union(own), int(ranks.sum(n_answered))
+    if not len(answers) == n_answered == len(rows.kept):
+        raise RuntimeError(f"{n_answered} answers to {len(rows.kept)} rows")
+    return [answers.get(i, "") for i in range(len(task_set.ids))]
+
+
+def text_of(model: TaskModel, tokens: list[int], target: Tokenizer | None) -> str:
+    """An answer's tokens, or a classifier's one index, as text."""
+    return target.decode(tokens) if target else model.head_config.labels[tokens[0]]
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+def _case(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _words(text: str) -> str:
+    text = re.sub(r"[-–—/]", " ", text.lower()).replace("’", "'")
+    return " ".join(re.sub(r"[^\w\s']|_", "", text).split())
+
+
+def _conversation(text: str) -> str:
+    text = re.sub(r"\[[^\]]*\]|<[^>]*>|\([^)]*\)", " ", text)
+    hesitations = {"uh", "um", "uhm", "hm", "hmm", "mhm", "mm", "ah", "eh", "er"}
+    return " ".join(word for word in _words(text).split() if word not in hesitations)
+
+
+# What is done to references and answers before words are counted. LibriSpeech needs `case` alone.
+NORMALISERS: dict[str, Callable[[str], str]] = {
+    "case": _case,  # lower case, single spaces
+    "words": _words,  # and no punctuation but apostrophes; hyphens part words
+    "conversation": _conversation,  # and no [noise], <noise>, (noise) nor hesitations
+}
+
+
+def word_errors(references: list[str], answers: list[str], normaliser: str) -> dict[str, Any]:
+    """Word error rate of a set: all errors over all reference words (jiwer aligns them)."""
+    import jiwer
+
+    normalise = NORMALISERS[normaliser]
+    counted = jiwer.process_words([*map(normalise, references)], [*map(normalise, answers)])
+    errors = counted.substitutions + counted.deletions + counted.insertions
+    n_words = counted.hits + counted.substitutions + counted.deletions
+    return {
+        "wer": errors / max(n_words, 1),
+        "substitutions": counted.substitutions,
+        "deletions": counted.deletions,
+        "insertions": counted.insertions,
+        "words": n_words,
+        "normaliser": normaliser,
+    }
+
+
+# sacreBLEU's tokenizers for languages that do not put spaces between words; 13a for all others.
+BLEU_TOKENIZERS = {"zh": "zh", "zh-cn": "zh", "ja": "char", "th": "char"}
+
+
+def bleu(references: list[str], answers: list[str], language: str) -> dict[str, Any]:
+    """Corpus BLEU of cased, detokenised text by sacreBLEU, with the signature that goes with it."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(tokenize=BLEU_TOKENIZERS.get(language, "13a"))
+    value = metric.corpus_score(answers, [references]).score
+    return {"bleu": value, "signature": str(metric.get_signature())}
+
+
+def label_scores(references: list[str], answers: list[str], positive: str | None) -> dict[str, Any]:
+    """Accuracy, and F1 of the positive label where the task has one."""
+    pairs = Counter(zip(references, answers, strict=True))
+    right = sum(count for (reference, answer), count in pairs.items() if reference == answer)
+    scores: dict[str, Any] = {"accuracy": right / max(len(references), 1)}
+    if positive is not None:
+        hits = pairs[positive, positive]
+        named = sum(count for pair, count in pairs.items() for part in pair if part == positive)
+        scores["f1"] = 2 * hits / named if named else 0.0
+    return scores
+
+
+def normalisation_errors(sentences: list[list[SpokenToken]], answers: list[str]) -> dict[str, Any]:
+    """Sentence error rate, token error rate, and of each semiotic class how many are wrong.
+
+    A sentence is right when every token is. If an answer has too few or too many parts, it cannot
+    be known whose they are: all tokens of such a sentence are wrong.
+    """
+    wrong_sentences, wrong, n_tokens = 0, Counter(), Counter()
+    for sentence, answer in zip(sentences, answers, strict=True):
+        expected = sentence_target(sentence).split(NEXT)
+        parts = [" ".join(part.split()) for part in answer.split(NEXT)]
+        all_wrong = len(parts) != len(expected)
+        errors = [all_wrong or said != part for said, part in zip(expected, parts)]
+        errors = errors if not all_wrong else [True] * len(expected)
+        wrong_sentences += any(errors)
+        for token, is_wrong in zip(sentence, errors, strict=True):
+            n_tokens[token.semiotic_class] += 1
+            wrong[token.semiotic_class] += is_wrong
+    return {
+        "ser": wrong_sentences / max(len(sentences), 1),
+        "token_error_rate": wrong.total() / max(n_tokens.total(), 1),
+        "sentences": len(sentences),
+        "wrong_by_class": {name: [wrong[name], count] for name, count in sorted(n_tokens.items())},
+    }
+
+
+def score(
+    task: str, task_set: TaskSet, answers: list[str], head: HeadConfig, normaliser: str
+) -> dict[str, Any]:
+    """All figures of a set, with the number of examples; `TASKS[task].score` is among them.
+
+    A translation model of several languages has one BLEU each, and their mean.
+    """
+    references, n = task_set.references, {"examples": len(answers)}
+    if task == "asr":
+        return n | word_errors(references, answers, normaliser)
+    if task == "textnorm":
+        return n | normalisation_errors(task_set.sentences, answers)
+    if task != "st":
+        return n | label_scores(references, answers, "1" if task == "qqp" else None)
+    tags = np.array(task_set.tags)
+    by_language = {}
+    for tag, language in enumerate(head.tags):
+        if chosen := np.flatnonzero(tags == tag).tolist():
+            parts = ([texts[i] for i in chosen] for texts in (references, answers))
+            by_language[language] = bleu(*parts, language)
+    mean = float(np.mean([scores["bleu"] for scores in by_language.values()]))
+    return n | {"bleu": mean, "by_language": by_language}
+
+
+# ----------------------------------------------------------------------------------- files of a set
+
+
+def write_answers(path: Path, task_set: TaskSet, answers: list[str]) -> None:
+    """answers.tsv: id, reference, answer; tabs and line ends in texts become spaces."""
+    rows = zip(task_set.ids, task_set.references, answers, strict=True)
+    lines = ["id\treference\tanswer", *("\t".join(map(_one_line, row)) for row in rows)]
+    text = "".join(line + "\n" for line in lines)
+    training.write_atomically(path, lambda sink: sink.write(text.encode()))
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"[\t\r\n]+", " ", text)
+
+
+def read_answers(path: Path, ids: list[str]) -> list[str]:
+    """The answers of a TSV file in the order of `ids`.
+
+    Raises: ValueError when an id is missing, foreign or there twice.
+    """
+    found: dict[str, str] = {}
+    with open(path, encoding="utf-8", newline="") as lines:
+        for number, row in enumerate(csv.reader(lines, "excel-tab", quoting=csv.QUOTE_NONE), 1):
+            if number == 1 and row[:1] == ["id"]:
+                continue
+            if len(row) != 3:
+                raise ValueError(
+                    f"{path}:{number}: {len(row)} cells; expected id, reference, answer"
+                )
+            if row[0] in found:
+                raise ValueError(f"{path}:{number}: {row[0]} is there twice")
+            found[row[0]] = row[2]
+    ids = [*map(_one_line, ids)]
+    if missing := [name for name in ids if name not in found]:
+        raise ValueError(f"{path}: no answer to {missing[0]} and {len(missing) - 1} more")
+    if len(found) > len(ids):
+        foreign = next(iter(found.keys() - set(ids)))
+        raise ValueError(f"{path}: {foreign} is not in the set that is scored")
+    return [found[name] for name in ids]
+
+
+# Names of GLUE's submission files, and how many predictions its server expects.
+SUBMISSIONS = {
+    ("mnli", "test_matched"): ("MNLI-m.tsv", 9796),
+    ("mnli", "test_mismatched"): ("MNLI-mm.tsv", 9847),
+    ("qnli", "test"): ("QNLI.tsv", 5463),
+    ("qqp", "test"): ("QQP.tsv", 390_965),
+    ("sst2", "test"): ("SST-2.tsv", 1821),
+}
+
+
+def write_submission(
+    out_dir: Path, task: str, source: Path, ids: list[str], answers: list[str]
+) -> str:
+    """Write a GLUE test file's predictions as the server wants them -> a line about it."""
+    if (task, source.stem) not in SUBMISSIONS:
+        names = ", ".join(f"{stem}.tsv" for name, stem in SUBMISSIONS if name == task)
+        raise ValueError(f"{source}: without labels, but its name is not a test file's: {names}")
+    name, expected = SUBMISSIONS[task, source.stem]
+    lines = ["index\tprediction", *(f"{i}\t{a}" for i, a in zip(ids, answers, strict=True))]
+    text = "".join(line + "\n" for line in lines)
+    training.write_atomically(out_dir / name, lambda sink: sink.write(text.encode()))
+    verdict = "as GLUE's server expects" if len(answers) == expected else f"GLUE's has {expected}"
+    return f"{out_dir / name}: {len(answers)} predictions, {verdict}"
+
+
+# --------------------------------------------------------------------------------- audio and text
+
+PAUSE_S = 0.2  # what is searched for: the quietest stretch of this length
+
+
+def cut_at_pauses(wave: np.ndarray, max_s: float) -> list[tuple[int, int]]:
+    """(first sample, end) of pieces of at most max_s seconds, parted where it is quietest.
+
+    Each piece is at least half as long as it may be, but the last.
+    """
+    most, window = int(max_s * SAMPLE_RATE), int(PAUSE_S * SAMPLE_RATE)
+    energy = np.concatenate([[0.0], np.cumsum(wave.astype(np.float64) ** 2)])
+    pieces, start = [], 0
+    while len(wave) - start > most:
+        first, last = start + most // 2, start + most - window
+        loudness = energy[first + window : last + window] - energy[first:last]
+        cut = first + int(loudness.argmin()) + window // 2  # in the middle of the pause
+        pieces.append((start, cut))
+        start = cut
+    return [*pieces, (start, len(wave))]
+
+
+def transcribe(tuned: FineTuned, path: Path, search: Search, tag: int = 0) -> str:
+    """Recognise or translate a file of any length, cut at pauses and joined again.
+
+    Raises: FileNotFoundError, ValueError when it cannot be read.
+    """
+    wave, device = read_audio(path), next(tuned.model.parameters()).device
+    said = []
+    for start, end in cut_at_pauses(wave, tuned.max_audio_s):
+        if data.too_short((end - start) / SAMPLE_RATE):
+            continue
+        features = log_mel(torch.from_numpy(wave[start:end]))[None]  # (1, F, 80)
+        lens, tags = torch.tensor([features.shape[1]]), torch.tensor([tag])
+        batch = TaskBatch(lens, features, tags=tags).to(device)
+        (tokens,) = tuned.model.decode(batch, search.width, search.length_penalty)
+        said.append(tuned.tokenizers.target.decode(tokens))
+    return " ".join(filter(None, said))
+
+
+def answer_text(tuned: FineTuned, text: str, search: Search) -> str:
+    """Classify a sentence (or two with a tab between), or read a written sentence out."""
+    device = next(tuned.model.parameters()).device
+    source = tuned.tokenizers.source
+    if tuned.task == "textnorm":
+        written = re.findall(r"[^\s.,;:!?]+(?:[.,:]\d+)*|[.,;:!?]", text)
+        ids = pair_input(written, source)
+    else:
+        texts, expected = text.split("\t"), len(GLUE[tuned.task].texts)
+        if len(texts) != expected:
+            raise ValueError(
+                f"--text: {len(texts)} sentences; {tuned.task} reads {expected}, a tab between"
+            )
+        ids = pair_input(texts, source)
+    tokens, lens = _padded([ids], None)
+    batch = TaskBatch(lens, tokens=tokens, tags=torch.zeros_like(lens)).to(device)
+    (found,) = tuned.model.decode(batch, search.width, search.length_penalty)
+    answer = text_of(tuned.model, found, tuned.tokenizers.target)
+    return read_out(written, answer) if tuned.task == "textnorm" else answer
+
+
+def read_out(written: list[str], answer: str) -> str:
+    """The spoken sentence that an answer stands for."""
+    parts = [" ".join(part.split()) for part in answer.split(NEXT)]
+    parts += [KEEP] * (len(written) - len(parts))  # an answer that ends too soon changes no more
+    said = [token if part == KEEP else part for token, part in zip(written, parts)]
+    return " ".join(part for part in said if part != SILENT)
+
+
+# ------------------------------------------------------------------------------------- entry point
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Score a fine-tuned model, or use it on files.")
+    add = parser.add_argument
+    add("--task", choices=TASKS, help="what the checkpoint must be for (default: as it says)")
+    add("--checkpoint", type=Path, required=True, help="a .pt file or a fine-tuning run's folder")
+    add(
+        "--data",
+        metavar="[NAME=]FILES[@NORMALISER],...",
+        action="append",
+        default=[],
+        help="a set to score: manifests, GLUE's TSV or Google's files; may be given several times",
+    )
+    add("--answers", type=Path, help="score this answers.tsv of the one --data instead of decoding")
+    add("--audio", type=Path, nargs="+", default=[], help="recognise or translate these files")
+    add("--text", action="append", default=[], help="answer this text; a tab parts two sentences")
+    add("--target", help="language to translate --audio into (default: the model's first)")
+    add("--normaliser", choices=NORMALISERS, default="case", help="of words (default: case)")
+    add("--beam", type=int, default=1, help="beam width; 1 is greedy (default: %(default)s)")
+    add("--length-penalty", type=float, default=0.6, help="of beams in translation (%(default)s)")
+    add("--batch-s", type=float, default=160.0, help="seconds decoded at a time (%(default)s)")
+    add("--batch-tokens", type=int, default=8192, help="text tokens at a time (%(default)s)")
+    add("--out-dir", type=Path, help="for scores.json and answers (default: the run's folder)")
+    return parser.parse_args(argv)
+
+
+def parse_set(text: str, normaliser: str) -> tuple[str, str, str]:
+    """`ami=ami.jsonl@conversation` -> (name, files, normaliser); without a name, the file's."""
+    name, is_named, files = text.rpartition("=")
+    files, _, named_normaliser = files.partition("@")
+    normaliser = named_normaliser or normaliser
+    if normaliser not in NORMALISERS:
+        known = ", ".join(NORMALISERS)
+        raise ValueError(f"--data {text}: no normaliser {normaliser!r}; there are {known}")
+    if not files:
+        raise ValueError(f"--data {text}: names no file")
+    return (name if is_named else paths_of(files)[0].stem), files, normaliser
+
+
+def score_sets(tuned: FineTuned, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Decode and score every --data -> {name: scores}; with several, also the mean of their score.
+
+    SpeechStew is reported so: one word error rate a set, and the mean of the sets.
+    """
+    out_dir = args.out_dir or (
+        args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    )
+    units = 100 * args.batch_s if TASKS[tuned.task].modality == "speech" else args.batch_tokens
+    search = Search(args.beam, args.length_penalty, int(units))
+    head, results = tuned.model.head_config, {}
+    for name, files, normaliser in (parse_set(text, args.normaliser) for text in args.data):
+        if name in results:
+            raise ValueError(f"--data: two sets are named {name}; give NAME=FILES")
+        # Nothing that can be read is left out of a score, however long it is.
+        limits = {"max_audio_s": math.inf, "max_tokens": tuned.max_tokens}
+        task_set = read_task_set(tuned.task, files, tuned.tokenizers, head, **limits)
+        for reason, count in task_set.rows.left_out.items():
+            ranks.log(f"{name}: {count} not read, which counts as an empty answer: {reason}")
+        if args.answers:
+            answers = read_answers(args.answers, task_set.ids)
+        else:
+            answers = answer_all(tuned.model, task_set, tuned.tokenizers.target, search, ranks)
+        if ranks.rank == 0 and not args.answers:
+            write_answers(out_dir / f"{name}.answers.tsv", task_set, answers)
+        if tuned.task in GLUE and not any(task_set.references):
+            if ranks.rank == 0:
+                source = paths_of(files)[0]
+                ranks.log(write_submission(out_dir, tuned.task, source, task_set.ids, answers))
+            continue
+        results[name] = score(tuned.task, task_set, answers, head, normaliser)
+        ranks.log(f"{name}: {json.dumps(results[name])}")
+    if len(results) > 1:
+        key = TASKS[tuned.task].score
+        results["mean"] = {key: float(np.mean([scores[key] for scores in results.values()]))}
+        ranks.log(f"mean of {len(results) - 1} sets: {json.dumps(results['mean'])}")
+    if results and ranks.rank == 0:
+        about = {"task": tuned.task, "checkpoint": str(args.checkpoint), **search._asdict()}
+        text = json.dumps(about | {"sets": results, "versions": training.versions()}, indent=2)
+        training.write_atomically(
+            out_dir / "scores.json", lambda sink: sink.write(text.encode() + b"\n")
+        )
+        ranks.log(f"scores: {out_dir / 'scores.json'}")
+    return results
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Do what the command line asks for. Raises ValueError, FileNotFoundError."""
+    tuned = load_fine_tuned(args.checkpoint, ranks.device)
+    if args.task and args.task != tuned.task:
+        raise ValueError(f"--task {args.task}: {args.checkpoint} was fine-tuned for {tuned.task}")
+    modality, tags = TASKS[tuned.task].modality, tuned.model.head_config.tags
+    if not (args.data or args.audio or args.text):
+        raise ValueError("nothing to do: give --data to score, or --audio or --text to use it on")
+    if args.answers and len(args.data) != 1:
+        raise ValueError("--answers is scored against one --data")
+    for flag, given, reads in (("--audio", args.audio, "speech"), ("--text", args.text, "text")):
+        if given and modality != reads:
+            raise ValueError(f"{flag}: {tuned.task} reads {modality}, not {reads}")
+    if args.target and args.target not in tags:
+        raise ValueError(f"--target {args.target}: the model writes {', '.join(tags)}")
+    search = Search(args.beam, args.length_penalty)
+    if args.data:
+        score_sets(tuned, args, ranks)
+    tag = tags.index(args.target) if args.target else 0
+    for path in args.audio:
+        ranks.log(f"{path}\t{transcribe(tuned, path, search, tag)}")
+    for text in args.text:
+        ranks.log(f"{text}\t{answer_text(tuned, text, search)}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run, and turn a user's mistake into one line."""
+    args = parse_arguments(argv)
+    training.run_entry_point(lambda ranks: run(args, ranks))
+
+
+if __name__ == "__main__":
+    main()
