@@ -161,9 +161,13 @@ def mask_text(
 BANDS, WIDEST_BAND, STRETCHES, LONGEST_STRETCH = 2, 27, 10, 0.05
 
 
-def spec_augment(rng: np.random.Generator, n_frames: int) -> tuple[np.ndarray, np.ndarray]:
+def spec_augment(
+    rng: np.random.Generator, n_frames: int, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
     """What an utterance hides from the model in fine-tuning (Park et al. 2019).
 
+    Args:    strength  1 for all of the above; a part of it narrows the bands and thins the
+                       stretches out.
     Returns: hidden frames (F,) bool; hidden mel bins (80,) bool.
     """
 
@@ -174,8 +178,8 @@ def spec_augment(rng: np.random.Generator, n_frames: int) -> tuple[np.ndarray, n
             hidden[start : start + width] = True
         return hidden
 
-    frames = hide(n_frames, STRETCHES, int(LONGEST_STRETCH * n_frames))
-    return frames, hide(N_MELS, BANDS, WIDEST_BAND)
+    frames = hide(n_frames, round(strength * STRETCHES), int(LONGEST_STRETCH * n_frames))
+    return frames, hide(N_MELS, BANDS, round(strength * WIDEST_BAND))
 
 
 def row_rng(seed: int, epoch: int, row: int, purpose: int) -> np.random.Generator:

@@ -101,19 +101,20 @@ class SpeechTaskRows:
         *,
         max_audio_s: float,
         seed: int,
-        augment: bool,
+        augment: float | None,
     ) -> None:
         """Choose the rows.
 
         Args:   targets  token lists; tags, which of the head's tags each has; one a manifest row.
-                augment  hide parts by SpecAugment, others in each epoch.
+                augment  strength of SpecAugment, which hides other parts in each epoch; None for
+                         rows that are not trained on.
         Raises: ValueError when none is usable.
         """
         self.seed, self.augment = seed, augment
         target_lens = np.array([len(target) for target in targets], np.int64)
         too_long = {f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s}
         # Rows to be trained on need a target; rows to be scored need none.
-        empty = {"without text": target_lens == 0} if augment else {}
+        empty = {} if augment is None else {"without text": target_lens == 0}
         keep, self.left_out = data.usable(manifest, too_long | empty)
         self.manifest, self.kept = manifest.filtered(keep), np.flatnonzero(keep)
         self.lengths, self.target_lens = data.row_frames(self.manifest), target_lens[keep]
@@ -139,7 +140,8 @@ class SpeechTaskRows:
             lens.append(len(its))
             if self.augment:
                 rng = data.row_rng(self.seed, epoch, row, data.SPEC_AUGMENT)
-                frames, bins = map(torch.from_numpy, data.spec_augment(rng, len(its)))
+                hides = data.spec_augment(rng, len(its), self.augment)
+                frames, bins = map(torch.from_numpy, hides)
                 hidden["hidden_frames"][b, : len(its)], hidden["hidden_bins"][b] = frames, bins
         chosen = self.kept[rows].tolist()
         targets, target_lens = _padded([self._targets[i] for i in chosen], target_len)
@@ -222,13 +224,14 @@ def read_task_set(
     max_audio_s: float,
     max_tokens: int,
     seed: int = 0,
-    training_set: bool = False,
+    augment: float | None = None,
 ) -> TaskSet:
     """Read files in the form in which the task's data are distributed, comma separated.
 
     Recognition and translation: manifests of data.py. GLUE: TSV files. Text normalisation: files
     or a folder of Google's.
 
+    Args:   augment  strength of SpecAugment in a training set; None for a set to be scored.
     Raises: FileNotFoundError; ValueError naming file and row.
     """
     paths = paths_of(comma_list)
@@ -237,21 +240,21 @@ def read_task_set(
         references, tags = _spoken_references(manifest, head.tags)
         targets = [tokenizers.target.encode(text) for text in references]
         rows = SpeechTaskRows(
-            manifest, targets, tags, max_audio_s=max_audio_s, seed=seed, augment=training_set
+            manifest, targets, tags, max_audio_s=max_audio_s, seed=seed, augment=augment
         )
         return TaskSet(_ids_of(manifest), references, rows, tags=tags)
     if task == "textnorm":
         sentences, report = read_textnorm(paths)
         inputs = [sentence_input(s, tokenizers.source) for s in sentences]
         targets = [tokenizers.target.encode(sentence_target(s)) for s in sentences]
-        most = max_tokens if training_set else max(map(len, inputs))
+        most = max(map(len, inputs)) if augment is None else max_tokens
         rows = TextTaskRows(inputs, targets=targets, max_tokens=most)
         references = [sentence_target(s) for s in sentences]
         ids = [str(i) for i in range(len(inputs))]
         task_set = TaskSet(ids, references, rows, sentences=sentences)
     else:
         examples, report = read_glue(task, paths)
-        if training_set and any(example.label is None for example in examples):
+        if augment is not None and any(example.label is None for example in examples):
             raise ValueError(f"{comma_list}: has no labels; is it a test file?")
         inputs = [pair_input(e.texts, tokenizers.source, max_tokens) for e in examples]
         known = {label: i for i, label in enumerate(head.labels)} | {None: -1}

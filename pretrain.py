@@ -827,7 +827,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
     Returns: None when there is nothing to run (--dry-run, or it is done).
     """
     objectives = resolve(args, ranks)
-    resumed, initial, path = training.find_start(args, "pretrain.py")
+    resumed, initial, path = training.find_start(args, "pretrain.py", ("pretrain.py",))
     training.resolve_micro_batches(args, ranks, resumed)
     given = [args.speech, args.text, args.paired]
     if args.dry_run and not any(given) and not demo.is_complete(args.demo_dir):

@@ -802,23 +802,25 @@ def check_numbers(args: argparse.Namespace, **names: Iterable[str]) -> None:
 
 
 def find_start(
-    args: argparse.Namespace, entry_point: str
+    args: argparse.Namespace, entry_point: str, init_from: tuple[str, ...]
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
     """(checkpoint to resume, checkpoint to initialise from, its path).
 
-    A run found in --out-dir wins over --resume and --init, so that the same command goes on. Only
-    a run of the same entry point can be resumed; any starts from one of pretrain.py.
+    A run found in --out-dir wins over --resume and --init, so that the same command goes on. Only a
+    run of the same entry point can be resumed.
+
+    Raises: FileNotFoundError; ValueError for a checkpoint of another entry point than allowed.
     """
     resumed = args.out_dir if (args.out_dir / "ckpt" / "latest").exists() else args.resume
     path = resumed or args.init
     if path is None:
         return None, None, None
-    path, expected = find_checkpoint(path), entry_point if resumed else "pretrain.py"
+    path, makers = find_checkpoint(path), (entry_point,) if resumed else init_from
     checkpoint = load_checkpoint(path)
     made_by = checkpoint.get("entry_point") if isinstance(checkpoint, dict) else None
-    if made_by != expected:
+    if made_by not in makers:
         found = f"one of {made_by}" if made_by else "nothing of ours"
-        raise ValueError(f"{path}: is not a checkpoint of {expected} but {found}")
+        raise ValueError(f"{path}: is not a checkpoint of {' or '.join(makers)} but {found}")
     return (checkpoint, None, path) if resumed else (None, checkpoint, path)
 
 
