@@ -2,6 +2,7 @@
 
 SLAM (Bapna et al. 2021) section 4: recognition, translation, GLUE and text normalisation.
 
+    python evaluate.py --task asr                                         # runs/asr on the demo
     python evaluate.py --checkpoint runs/asr --data test.jsonl            # scores.json, answers.tsv
     python evaluate.py --checkpoint runs/asr --audio talk.mp3             # of any length
     python evaluate.py --checkpoint runs/sst2 --text "what a charming film"
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 import data
+import pretrain
 import training
 from conformer import CLS_ID, N_MELS, SAMPLE_RATE, SEP_ID, SlamConfig, log_mel
 from corpora import (
@@ -658,19 +660,44 @@ def read_out(written: list[str], answer: str) -> str:
 # ------------------------------------------------------------------------------------- entry point
 
 
+def demo_sets(task: str, root: Path, ranks: Ranks) -> dict[str, str]:
+    """The demo's files of a task, made if need be: train, dev, test, and the tokenizer.
+
+    GLUE's test files have no labels, here as there: what can be scored is its dev set.
+    """
+    files = pretrain.demo_files(root, ranks)
+    tokenizer = {"tokenizer": files["tokenizer"]}
+    if task == "asr":
+        return tokenizer | {"train": files["speech"], "dev": files["dev"], "test": files["test"]}
+    if task == "st":
+        return tokenizer | {name: files[f"st_{name}"] for name in ("train", "dev", "test")}
+    if task == "textnorm":
+        folder = root / "textnorm" / "en_with_types"
+        parts = {"train": (0, 1), "dev": (90,), "test": (99,)}
+        return tokenizer | {
+            name: ",".join(str(folder / f"output-{number:05d}-of-00100") for number in numbers)
+            for name, numbers in parts.items()
+        }
+    folder = root / "glue" / GLUE[task].folder
+    dev = str(folder / ("dev_matched.tsv" if task == "mnli" else "dev.tsv"))
+    return tokenizer | {"train": str(folder / "train.tsv"), "dev": dev, "test": dev}
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Score a fine-tuned model, or use it on files.")
     add = parser.add_argument
     add("--task", choices=TASKS, help="what the checkpoint must be for (default: as it says)")
-    add("--checkpoint", type=Path, required=True, help="a .pt file or a fine-tuning run's folder")
+    add("--checkpoint", type=Path, help="a .pt file or a run's folder (default: runs/TASK)")
     add(
         "--data",
         metavar="[NAME=]FILES[@NORMALISER],...",
         action="append",
         default=[],
-        help="a set to score: manifests, GLUE's TSV or Google's files; may be given several times",
+        help="a set to score: manifests, GLUE's TSV or Google's files; may be given several times "
+        "(default: the demo's)",
     )
+    add("--demo-dir", type=Path, default=Path("demo_data"), help="(default: %(default)s)")
     add("--answers", type=Path, help="score this answers.tsv of the one --data instead of decoding")
     add("--audio", type=Path, nargs="+", default=[], help="recognise or translate these files")
     add("--text", action="append", default=[], help="answer this text; a tab parts two sentences")
@@ -745,12 +772,15 @@ def score_sets(tuned: FineTuned, args: argparse.Namespace, ranks: Ranks) -> dict
 
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Do what the command line asks for. Raises ValueError, FileNotFoundError."""
+    if not (args.checkpoint or args.task):
+        raise ValueError("give --checkpoint, or --task for the run in runs/TASK")
+    args.checkpoint = args.checkpoint or Path("runs") / args.task
     tuned = load_fine_tuned(args.checkpoint, ranks.device)
     if args.task and args.task != tuned.task:
         raise ValueError(f"--task {args.task}: {args.checkpoint} was fine-tuned for {tuned.task}")
     modality, tags = TASKS[tuned.task].modality, tuned.model.head_config.tags
     if not (args.data or args.audio or args.text):
-        raise ValueError("nothing to do: give --data to score, or --audio or --text to use it on")
+        args.data = [f"test={demo_sets(tuned.task, args.demo_dir, ranks)['test']}"]
     if args.answers and len(args.data) != 1:
         raise ValueError("--answers is scored against one --data")
     for flag, given, reads in (("--audio", args.audio, "speech"), ("--text", args.text, "text")):
