@@ -80,7 +80,7 @@ TINY = dict(
 )  # fmt: skip
 TINY_RECIPES = {
     "asr": TINY | dict(head="ctc", max_steps=2500, target_vocab=64),
-    "st": TINY | dict(max_steps=2000, target_vocab=200),
+    "st": TINY | dict(max_steps=2000, target_vocab=600),
     **dict.fromkeys(GLUE, TINY | dict(max_steps=300, warmup_steps=100, decoder_lr=2e-3)),
     "textnorm": TINY | dict(max_steps=500, warmup_steps=200, target_vocab=100),
 }
