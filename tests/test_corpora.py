@@ -1,4 +1,4 @@
-"""Readers of distributed corpora: files laid out as they are published, and what is wrong in them."""
+"""Readers of distributed corpora: files laid out as they are published, and what is wrong there."""
 
 import json
 from pathlib import Path
@@ -189,7 +189,7 @@ def test_faults_of_googles_files_are_counted_or_named(tmp_path):
         read_textnorm([path])
 
 
-# ------------------------------------------------------------------------------------------ CoVoST 2
+# ---------------------------------------------------------------------------------------- CoVoST 2
 
 VALIDATED = [
     "client_id", "path", "sentence", "up_votes", "down_votes", "age", "gender", "accent",
@@ -286,7 +286,7 @@ def test_faults_of_covost_are_one_line(common_voice, tmp_path, capsys):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-# ----------------------------------------------------------------------------------------- manifests
+# --------------------------------------------------------------------------------------- manifests
 
 
 def test_places_of_all_rows_are_those_of_each(tmp_path):

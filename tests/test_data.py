@@ -575,8 +575,8 @@ def test_spec_augment_of_strength_0_or_of_a_row_too_short_hides_no_frame():
     for seed in range(50):
         frames, bins = data.spec_augment(np.random.default_rng(seed), 300, 0.0)
         assert not frames.any() and not bins.any()
-        for n_frames in (0, 1, 19):
-            assert not data.spec_augment(np.random.default_rng(seed), n_frames, 1.0)[0].any()
+        for n in (0, 1, 19):
+            assert not data.spec_augment(np.random.default_rng(seed), n, 1.0)[0].any()
 
 
 # -------------------------------------------------------------------------------------------- plans
