@@ -172,6 +172,14 @@ class Manifest:
         line = 1 + buffer.count(b"\n", 0, int(self.start[i]))
         return f"{path}:{line}"
 
+    def places(self) -> list[str]:
+        """`file:line` of every row, where asking for one after the other would take too long."""
+        ends = [np.flatnonzero(np.frombuffer(b, np.uint8) == ord("\n")) for _, b in self.files]
+        return [
+            f"{self.files[file][0]}:{1 + int(np.searchsorted(ends[file], start))}"
+            for file, start in zip(self.file.tolist(), self.start.tolist())
+        ]
+
     @property
     def fingerprint(self) -> str:
         """Hash of all rows as they stand in the files: what a resumed run must find again."""
@@ -418,6 +426,10 @@ class Report:
     def reject(self, reason: str, example: str) -> None:
         count, first = self.rejected.get(reason, (0, example))
         self.rejected[reason] = (count + 1, first)
+
+    def counts(self) -> dict[str, int]:
+        """Reason to number of rejected rows."""
+        return {reason: count for reason, (count, _) in self.rejected.items()}
 
     def __str__(self) -> str:
         lines = [f"{self.rows} rows"]

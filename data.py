@@ -242,10 +242,20 @@ class BatchPlan:
         self.units_per_micro = units_per_step // micro_batches
         order = np.argsort(lengths, kind="stable")
         lengths = np.asarray(lengths, np.int64)[order]
-        stops = self._cut(lengths, n_buckets)
+
+        def n_fit(start: int, stop: int) -> int:
+            """How many rows a micro-batch has in a bucket of sorted rows start to stop."""
+            longest = int(lengths[stop - 1])
+            n_rows = self.units_per_micro // longest
+            if widths is not None:
+                widest = max(1, int(widths[order[start:stop]].max()))
+                n_rows = min(n_rows, max_area // (longest * widest))
+            return max(1, n_rows)
+
+        stops = self._cut(len(lengths), n_buckets, n_fit)
         while len(stops) < n_buckets:  # a few rows do not fill them all
             n_buckets //= 2
-            stops = self._cut(lengths, n_buckets)
+            stops = self._cut(len(lengths), n_buckets, n_fit)
         # Buckets of one length are one bucket, which keeps its share of the steps.
         longest, merged = np.unique(lengths[np.array(stops) - 1], return_inverse=True)
         self.bucket_len = longest.tolist()
@@ -254,18 +264,12 @@ class BatchPlan:
         ends = [stops[np.flatnonzero(merged == b)[-1]] for b in range(len(self.bucket_len))]
         self.rows = [rows.astype(np.int32) for rows in np.split(order, ends[:-1])]
         self.real_units = [int(part.sum()) for part in np.split(lengths, ends[:-1])]
-        self.rows_per_micro = [self._rows(longest) for longest in self.bucket_len]
-        if widths is not None:
-            for b, rows in enumerate(self.rows):
-                area = self.bucket_len[b] * max(1, int(widths[rows].max()))
-                self.rows_per_micro[b] = max(1, min(self.rows_per_micro[b], max_area // area))
+        self.rows_per_micro = [n_fit(*part) for part in zip([0, *ends], ends)]
         self._permutations: dict[int, dict[int, np.ndarray]] = {}
 
-    def _rows(self, longest: int) -> int:
-        return max(1, self.units_per_micro // int(longest))
-
-    def _cut(self, lengths: np.ndarray, n_buckets: int) -> list[int]:
-        """Where buckets of sorted rows end, so that the one with most micro-batches has the fewest.
+    @staticmethod
+    def _cut(n: int, n_buckets: int, n_fit: Callable[[int, int], int]) -> list[int]:
+        """Where buckets of n rows end, so that the one with most micro-batches has the fewest.
 
         May give fewer buckets than asked where there are few rows.
         """
@@ -273,19 +277,17 @@ class BatchPlan:
         def cut(most: float) -> list[int]:
             """Buckets as long as `most` micro-batches can hold; more rows never need fewer."""
             stops = [0]
-            while stops[-1] < len(lengths) and len(stops) <= n_buckets:
+            while stops[-1] < n and len(stops) <= n_buckets:
                 start = stops[-1]
-                ends = range(start + 1, len(lengths) + 1)
-                n_fit = bisect_right(
-                    ends, most, key=lambda end: (end - start) / self._rows(lengths[end - 1])
-                )
-                stops.append(start + max(1, n_fit))
+                ends = range(start + 1, n + 1)
+                n_rows = bisect_right(ends, most, key=lambda end: (end - start) / n_fit(start, end))
+                stops.append(start + max(1, n_rows))
             return stops[1:]
 
-        low, high = 0.0, float(len(lengths))  # the latter fits any rows into one bucket
+        low, high = 0.0, float(n)  # the latter fits any rows into one bucket
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (low, middle) if cut(middle)[-1] == len(lengths) else (middle, high)
+            low, high = (low, middle) if cut(middle)[-1] == n else (middle, high)
         return cut(high)
 
     def bucket(self, step: int) -> int:

@@ -20,13 +20,13 @@ Letters: B rows, F log-mel frames, U tokens, n rows of a set, N wave samples.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,16 @@ from torch import Tensor
 import data
 import pretrain
 import training
-from conformer import CLS_ID, N_MELS, SAMPLE_RATE, SEP_ID, SlamConfig, log_mel
+from conformer import (
+    CLS_ID,
+    FRAMES_PER_S,
+    N_MELS,
+    SAMPLE_RATE,
+    SEP_ID,
+    SlamConfig,
+    log_mel,
+    subsampled_lens,
+)
 from corpora import (
     GLUE,
     Manifest,
@@ -46,6 +55,7 @@ from corpora import (
     Tokenizer,
     paths_of,
     read_audio,
+    read_bytes,
     read_glue,
     read_textnorm,
 )
@@ -84,6 +94,7 @@ class TaskSet(NamedTuple):
     rows: SpeechTaskRows | TextTaskRows
     tags: list[int] | None = None  # of translation: which of the head's languages each is in
     sentences: list[list[SpokenToken]] | None = None  # of text normalisation
+    malformed: dict[str, int] = {}  # lines of the files that are no examples: reason to number
 
 
 class SpeechTaskRows:
@@ -100,26 +111,24 @@ class SpeechTaskRows:
         manifest: Manifest,
         targets: list[list[int]],
         tags: list[int],
+        faults: dict[str, np.ndarray],
         *,
-        max_audio_s: float,
         seed: int,
         augment: float | None,
     ) -> None:
         """Choose the rows.
 
         Args:   targets  token lists; tags, which of the head's tags each has; one a manifest row.
+                faults   reason to (n,) bool, which rows of the manifest cannot be used.
                 augment  strength of SpecAugment, which hides other parts in each epoch; None for
                          rows that are not trained on.
         Raises: ValueError when none is usable.
         """
         self.seed, self.augment = seed, augment
-        target_lens = np.array([len(target) for target in targets], np.int64)
-        too_long = {f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s}
-        # Rows to be trained on need a target; rows to be scored need none.
-        empty = {} if augment is None else {"without text": target_lens == 0}
-        keep, self.left_out = data.usable(manifest, too_long | empty)
+        keep, self.left_out = data.usable(manifest, faults)
         self.manifest, self.kept = manifest.filtered(keep), np.flatnonzero(keep)
-        self.lengths, self.target_lens = data.row_frames(self.manifest), target_lens[keep]
+        self.lengths = data.row_frames(self.manifest)
+        self.target_lens = np.array([len(targets[i]) for i in self.kept], np.int64)
         self._targets, self._tags = targets, tags
 
     @property
@@ -239,36 +248,59 @@ def read_task_set(
     paths = paths_of(comma_list)
     if TASKS[task].modality == "speech":
         manifest = Manifest.read(paths, text_required=task == "asr")
-        references, tags = _spoken_references(manifest, head.tags)
+        references, tags = spoken_references(manifest, head.tags)
         targets = [tokenizers.target.encode(text) for text in references]
-        rows = SpeechTaskRows(
-            manifest, targets, tags, max_audio_s=max_audio_s, seed=seed, augment=augment
-        )
+        faults = {f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s}
+        if augment is not None:
+            faults |= _faults_of_training(manifest, targets, head)
+        rows = SpeechTaskRows(manifest, targets, tags, faults, seed=seed, augment=augment)
         return TaskSet(_ids_of(manifest), references, rows, tags=tags)
     if task == "textnorm":
-        sentences, report = read_textnorm(paths)
-        inputs = [sentence_input(s, tokenizers.source) for s in sentences]
-        targets = [tokenizers.target.encode(sentence_target(s)) for s in sentences]
-        most = max(map(len, inputs)) if augment is None else max_tokens
-        rows = TextTaskRows(inputs, targets=targets, max_tokens=most)
-        references = [sentence_target(s) for s in sentences]
-        ids = [str(i) for i in range(len(inputs))]
-        task_set = TaskSet(ids, references, rows, sentences=sentences)
-    else:
-        examples, report = read_glue(task, paths)
-        if augment is not None and any(example.label is None for example in examples):
-            raise ValueError(f"{comma_list}: has no labels; is it a test file?")
-        inputs = [pair_input(e.texts, tokenizers.source, max_tokens) for e in examples]
-        known = {label: i for i, label in enumerate(head.labels)} | {None: -1}
-        labels = [known[example.label] for example in examples]
-        rows = TextTaskRows(inputs, labels=labels, max_tokens=max_tokens)
-        task_set = TaskSet(_glue_ids(examples), [e.label or "" for e in examples], rows)
-    rows.left_out |= {reason: count for reason, (count, _) in report.rejected.items()}
-    return task_set
+        return _read_sentences(paths, tokenizers, None if augment is None else max_tokens)
+    examples, report = read_glue(task, paths)
+    without = sum(example.label is None for example in examples)
+    if without and (augment is not None or without < len(examples)):
+        raise ValueError(f"{comma_list}: {without} rows have no label; is it a test file?")
+    inputs = [pair_input(e.texts, tokenizers.source, max_tokens) for e in examples]
+    known = {label: i for i, label in enumerate(head.labels)} | {None: -1}
+    labels = [known[example.label] for example in examples]
+    rows = TextTaskRows(inputs, labels=labels, max_tokens=max_tokens)
+    references = [example.label or "" for example in examples]
+    return TaskSet(_glue_ids(examples), references, rows, malformed=report.counts())
 
 
-def _spoken_references(manifest: Manifest, tags: tuple[str, ...]) -> tuple[list[str], list[int]]:
-    """What each row should become: its transcript, or its translation and the language's tag."""
+def _read_sentences(
+    paths: list[Path], tokenizers: TaskTokenizers, max_tokens: int | None
+) -> TaskSet:
+    """Text normalisation; without max_tokens nothing is too long."""
+    sentences, report = read_textnorm(paths)
+    references = [*map(sentence_target, sentences)]
+    inputs = [sentence_input(sentence, tokenizers.source) for sentence in sentences]
+    targets = [tokenizers.target.encode(reference) for reference in references]
+    most = max(map(len, inputs)) if max_tokens is None else max_tokens
+    rows = TextTaskRows(inputs, targets=targets, max_tokens=most)
+    ids, malformed = [*map(str, range(len(inputs)))], report.counts()
+    return TaskSet(ids, references, rows, sentences=sentences, malformed=malformed)
+
+
+def _faults_of_training(
+    manifest: Manifest, targets: list[list[int]], head: HeadConfig
+) -> dict[str, np.ndarray]:
+    """What keeps a row from being trained on, though it can be scored: reason to (n,) bool."""
+    lens = np.array([len(target) for target in targets], np.int64)
+    faults = {"without text": lens == 0}
+    if head.kind == "ctc":
+        repeats = [sum(a == b for a, b in pairwise(target)) for target in targets]
+        too_few = subsampled_lens(data.row_frames(manifest)) < lens + repeats
+        faults["with fewer frames than CTC needs for the text"] = too_few
+    return faults
+
+
+def spoken_references(manifest: Manifest, tags: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """What each row should become: its transcript, or its translation and the language's tag.
+
+    Raises: ValueError naming the row that has no translation into one of the languages.
+    """
     references, its_tags = [], []
     for i in range(len(manifest)):
         row = manifest.row(i)
@@ -288,10 +320,11 @@ def _spoken_references(manifest: Manifest, tags: tuple[str, ...]) -> tuple[list[
 def _ids_of(manifest: Manifest) -> list[str]:
     """The rows' own ids, or where they lack them or repeat, `manifest:line`."""
     ids = [manifest.row(i).get("id") for i in range(len(manifest))]
-    repeated = Counter(ids)
+    times = Counter(name for name in ids if isinstance(name, str))
+    places = manifest.places()
     return [
-        name if isinstance(name, str) and repeated[name] == 1 else manifest.where(i)
-        for i, name in enumerate(ids)
+        name if isinstance(name, str) and times[name] == 1 else place
+        for name, place in zip(ids, places, strict=True)
     ]
 
 
@@ -310,7 +343,7 @@ def pair_input(
     What is over max_tokens is cut off the end of the longest text, token by token, as for BERT.
     """
     parts = [tokenizer.encode(text) for text in texts]
-    while max_tokens and 1 + sum(len(part) + 1 for part in parts) > max_tokens:
+    while max_tokens and any(parts) and 1 + sum(len(part) + 1 for part in parts) > max_tokens:
         max(parts, key=len).pop()
     return [CLS_ID, *(i for part in parts for i in (*part, SEP_ID))]
 
@@ -327,10 +360,15 @@ def sentence_input(sentence: Iterable[SpokenToken], tokenizer: Tokenizer) -> lis
     return pair_input([token.written for token in sentence], tokenizer)
 
 
+def _said(token: SpokenToken) -> str:
+    """What a token becomes, with single spaces; it must not hold what parts tokens."""
+    spoken = {"<self>": KEEP, "sil": SILENT}.get(token.spoken, token.spoken)
+    return " ".join(spoken.replace(NEXT, " ").split())
+
+
 def sentence_target(sentence: Iterable[SpokenToken]) -> str:
     """`<self>|forty dollars|<sil>`: what each token becomes, in one string."""
-    said = ({"<self>": KEEP, "sil": SILENT}.get(token.spoken, token.spoken) for token in sentence)
-    return NEXT.join(said)
+    return NEXT.join(map(_said, sentence))
 
 
 # --------------------------------------------------------------------------------- decoding a set
@@ -356,7 +394,8 @@ def load_fine_tuned(path: Path, device: torch.device) -> FineTuned:
     checkpoint = training.load_checkpoint(found)
     made_by = checkpoint.get("entry_point") if isinstance(checkpoint, dict) else None
     if made_by != "finetune.py":
-        raise ValueError(f"{found}: is not a checkpoint of finetune.py but of {made_by}")
+        it_is = f"one of {made_by}" if made_by else "nothing of ours"
+        raise ValueError(f"{found}: is not a checkpoint of finetune.py but {it_is}")
     head = dict(checkpoint["head"])
     head |= {name: tuple(head[name]) for name in ("labels", "tags")}
     task, config = checkpoint["task"], SlamConfig(**checkpoint["config"])
@@ -397,6 +436,14 @@ def answer_all(
     if not len(answers) == n_answered == len(rows.kept):
         raise RuntimeError(f"{n_answered} answers to {len(rows.kept)} rows")
     return [answers.get(i, "") for i in range(len(task_set.ids))]
+
+
+def say_what_is_missing(name: str, task_set: TaskSet, ranks: Ranks) -> None:
+    """Log what is in a set's files and will not be read."""
+    for reason, count in task_set.malformed.items():
+        ranks.log(f"{name}: {count} lines are no examples: {reason}")
+    for reason, count in task_set.rows.left_out.items():
+        ranks.log(f"{name}: {count} not read, their answers are empty: {reason}")
 
 
 def text_of(model: TaskModel, tokens: list[int], target: Tokenizer | None) -> str:
@@ -481,11 +528,10 @@ def normalisation_errors(sentences: list[list[SpokenToken]], answers: list[str])
     """
     wrong_sentences, wrong, n_tokens = 0, Counter(), Counter()
     for sentence, answer in zip(sentences, answers, strict=True):
-        expected = sentence_target(sentence).split(NEXT)
-        parts = [" ".join(part.split()) for part in answer.split(NEXT)]
-        all_wrong = len(parts) != len(expected)
-        errors = [all_wrong or said != part for said, part in zip(expected, parts)]
-        errors = errors if not all_wrong else [True] * len(expected)
+        expected, parts = [*map(_said, sentence)], _parts_of(answer)
+        errors = [True] * len(expected)
+        if len(parts) == len(expected):
+            errors = [said != part for said, part in zip(expected, parts)]
         wrong_sentences += any(errors)
         for token, is_wrong in zip(sentence, errors, strict=True):
             n_tokens[token.semiotic_class] += 1
@@ -496,6 +542,11 @@ def normalisation_errors(sentences: list[list[SpokenToken]], answers: list[str])
         "sentences": len(sentences),
         "wrong_by_class": {name: [wrong[name], count] for name, count in sorted(n_tokens.items())},
     }
+
+
+def _parts_of(answer: str) -> list[str]:
+    """The parts of an answer in text normalisation, with single spaces."""
+    return [" ".join(part.split()) for part in answer.split(NEXT)]
 
 
 def score(
@@ -540,23 +591,25 @@ def _one_line(text: str) -> str:
 def read_answers(path: Path, ids: list[str]) -> list[str]:
     """The answers of a TSV file in the order of `ids`.
 
-    Raises: ValueError when an id is missing, foreign or there twice.
+    Raises: FileNotFoundError; ValueError when an id is missing, foreign or there twice.
     """
     found: dict[str, str] = {}
-    with open(path, encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.reader(lines, "excel-tab", quoting=csv.QUOTE_NONE), 1):
-            if number == 1 and row[:1] == ["id"]:
-                continue
-            if len(row) != 3:
-                raise ValueError(
-                    f"{path}:{number}: {len(row)} cells; expected id, reference, answer"
-                )
-            if row[0] in found:
-                raise ValueError(f"{path}:{number}: {row[0]} is there twice")
-            found[row[0]] = row[2]
+    try:
+        lines = read_bytes(path, "answers").decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason})") from error
+    for number, line in enumerate(lines, 1):
+        cells = line.removesuffix("\r").split("\t")
+        if number == 1 and cells[0] == "id":
+            continue
+        if len(cells) != 3:
+            raise ValueError(f"{path}:{number}: {len(cells)} cells; expected id, reference, answer")
+        if cells[0] in found:
+            raise ValueError(f"{path}:{number}: {cells[0]} is there twice")
+        found[cells[0]] = cells[2]
     ids = [*map(_one_line, ids)]
     if missing := [name for name in ids if name not in found]:
-        raise ValueError(f"{path}: no answer to {missing[0]} and {len(missing) - 1} more")
+        raise ValueError(f"{path}: {len(missing)} without an answer, the first is {missing[0]}")
     if len(found) > len(ids):
         foreign = next(iter(found.keys() - set(ids)))
         raise ValueError(f"{path}: {foreign} is not in the set that is scored")
@@ -573,19 +626,26 @@ SUBMISSIONS = {
 }
 
 
-def write_submission(
-    out_dir: Path, task: str, source: Path, ids: list[str], answers: list[str]
-) -> str:
+def submission_of(task: str, paths: list[Path]) -> tuple[str, int]:
+    """Name and size of the submission that belongs to a file without labels.
+
+    Raises: ValueError where it is not one of GLUE's test files, or more than one.
+    """
+    if len(paths) != 1 or (task, paths[0].stem) not in SUBMISSIONS:
+        names = " or ".join(f"{stem}.tsv" for name, stem in SUBMISSIONS if name == task)
+        files = ",".join(map(str, paths))
+        raise ValueError(f"--data {files}: has no labels, and is not GLUE's {names} either")
+    return SUBMISSIONS[task, paths[0].stem]
+
+
+def write_submission(path: Path, expected: int, ids: list[str], answers: list[str]) -> str:
     """Write a GLUE test file's predictions as the server wants them -> a line about it."""
-    if (task, source.stem) not in SUBMISSIONS:
-        names = ", ".join(f"{stem}.tsv" for name, stem in SUBMISSIONS if name == task)
-        raise ValueError(f"{source}: without labels, but its name is not a test file's: {names}")
-    name, expected = SUBMISSIONS[task, source.stem]
     lines = ["index\tprediction", *(f"{i}\t{a}" for i, a in zip(ids, answers, strict=True))]
     text = "".join(line + "\n" for line in lines)
-    training.write_atomically(out_dir / name, lambda sink: sink.write(text.encode()))
-    verdict = "as GLUE's server expects" if len(answers) == expected else f"GLUE's has {expected}"
-    return f"{out_dir / name}: {len(answers)} predictions, {verdict}"
+    training.write_atomically(path, lambda sink: sink.write(text.encode()))
+    verdict = f"NOT the {expected} that GLUE's server expects"
+    verdict = "as many as GLUE's server expects" if len(answers) == expected else verdict
+    return f"{path}: {len(answers)} predictions, {verdict}"
 
 
 # --------------------------------------------------------------------------------- audio and text
@@ -598,7 +658,8 @@ def cut_at_pauses(wave: np.ndarray, max_s: float) -> list[tuple[int, int]]:
 
     Each piece is at least half as long as it may be, but the last.
     """
-    most, window = int(max_s * SAMPLE_RATE), int(PAUSE_S * SAMPLE_RATE)
+    most = int(max_s * SAMPLE_RATE)
+    window = min(int(PAUSE_S * SAMPLE_RATE), most // 4)
     energy = np.concatenate([[0.0], np.cumsum(wave.astype(np.float64) ** 2)])
     pieces, start = [], 0
     while len(wave) - start > most:
@@ -625,7 +686,7 @@ def transcribe(tuned: FineTuned, path: Path, search: Search, tag: int = 0) -> st
         batch = TaskBatch(lens, features, tags=tags).to(device)
         (tokens,) = tuned.model.decode(batch, search.width, search.length_penalty)
         said.append(tuned.tokenizers.target.decode(tokens))
-    return " ".join(filter(None, said))
+    return " ".join(" ".join(said).split())
 
 
 def answer_text(tuned: FineTuned, text: str, search: Search) -> str:
@@ -641,7 +702,7 @@ def answer_text(tuned: FineTuned, text: str, search: Search) -> str:
             raise ValueError(
                 f"--text: {len(texts)} sentences; {tuned.task} reads {expected}, a tab between"
             )
-        ids = pair_input(texts, source)
+        ids = pair_input(texts, source, tuned.max_tokens)
     tokens, lens = _padded([ids], None)
     batch = TaskBatch(lens, tokens=tokens, tags=torch.zeros_like(lens)).to(device)
     (found,) = tuned.model.decode(batch, search.width, search.length_penalty)
@@ -651,7 +712,7 @@ def answer_text(tuned: FineTuned, text: str, search: Search) -> str:
 
 def read_out(written: list[str], answer: str) -> str:
     """The spoken sentence that an answer stands for."""
-    parts = [" ".join(part.split()) for part in answer.split(NEXT)]
+    parts = _parts_of(answer)
     parts += [KEEP] * (len(written) - len(parts))  # an answer that ends too soon changes no more
     said = [token if part == KEEP else part for token, part in zip(written, parts)]
     return " ".join(part for part in said if part != SILENT)
@@ -713,71 +774,102 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def parse_set(text: str, normaliser: str) -> tuple[str, str, str]:
     """`ami=ami.jsonl@conversation` -> (name, files, normaliser); without a name, the file's."""
-    name, is_named, files = text.rpartition("=")
-    files, _, named_normaliser = files.partition("@")
+    name, files, named_normaliser = re.fullmatch(
+        r"(?:([^=/]*)=)?(.*?)(?:@([^@/]*))?", text
+    ).groups()
     normaliser = named_normaliser or normaliser
     if normaliser not in NORMALISERS:
         known = ", ".join(NORMALISERS)
         raise ValueError(f"--data {text}: no normaliser {normaliser!r}; there are {known}")
-    if not files:
+    if not paths_of(files):
         raise ValueError(f"--data {text}: names no file")
-    return (name if is_named else paths_of(files)[0].stem), files, normaliser
+    return name or paths_of(files)[0].stem, files, normaliser
 
 
-def score_sets(tuned: FineTuned, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """Decode and score every --data -> {name: scores}; with several, also the mean of their score.
+def answers_of_set(
+    tuned: FineTuned, name: str, task_set: TaskSet, args: argparse.Namespace, ranks: Ranks
+) -> list[str]:
+    """Read the answers, or decode and write them."""
+    say_what_is_missing(name, task_set, ranks)
+    if args.answers:
+        return read_answers(args.answers, task_set.ids)
+    is_speech = TASKS[tuned.task].modality == "speech"
+    units = int(FRAMES_PER_S * args.batch_s) if is_speech else args.batch_tokens
+    search = Search(args.beam, args.length_penalty, units)
+    answers = answer_all(tuned.model, task_set, tuned.tokenizers.target, search, ranks)
+    if ranks.rank == 0:
+        write_answers(args.out_dir / f"{name}.answers.tsv", task_set, answers)
+    return answers
+
+
+def score_sets(
+    tuned: FineTuned, args: argparse.Namespace, ranks: Ranks
+) -> dict[str, dict[str, Any]]:
+    """Decode and score every --data -> {name: scores}; sets without labels become submissions."""
+    # Nothing that can be read is left out of a score, however long it is.
+    limits = {"max_audio_s": math.inf, "max_tokens": tuned.max_tokens}
+    head, results = tuned.model.head_config, {}
+    sets = [parse_set(text, args.normaliser) for text in args.data]
+    if repeated := [name for name, times in Counter(its[0] for its in sets).items() if times > 1]:
+        raise ValueError(f"--data: two sets are named {repeated[0]}; give NAME=FILES")
+    for name, files, normaliser in sets:
+        task_set = read_task_set(tuned.task, files, tuned.tokenizers, head, **limits)
+        if tuned.task in GLUE and not any(task_set.references):
+            file_name, expected = submission_of(tuned.task, paths_of(files))
+            answers = answers_of_set(tuned, name, task_set, args, ranks)
+            if ranks.rank == 0:
+                path = args.out_dir / file_name
+                ranks.log(write_submission(path, expected, task_set.ids, answers))
+            continue
+        answers = answers_of_set(tuned, name, task_set, args, ranks)
+        results[name] = score(tuned.task, task_set, answers, head, normaliser)
+        ranks.log(f"{name}: {json.dumps(results[name])}")
+    return results
+
+
+def write_scores(
+    results: dict[str, dict[str, Any]], args: argparse.Namespace, ranks: Ranks
+) -> None:
+    """Write scores.json; with several sets, also the mean of their scores.
 
     SpeechStew is reported so: one word error rate a set, and the mean of the sets.
     """
-    out_dir = args.out_dir or (
-        args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    )
-    units = 100 * args.batch_s if TASKS[tuned.task].modality == "speech" else args.batch_tokens
-    search = Search(args.beam, args.length_penalty, int(units))
-    head, results = tuned.model.head_config, {}
-    for name, files, normaliser in (parse_set(text, args.normaliser) for text in args.data):
-        if name in results:
-            raise ValueError(f"--data: two sets are named {name}; give NAME=FILES")
-        # Nothing that can be read is left out of a score, however long it is.
-        limits = {"max_audio_s": math.inf, "max_tokens": tuned.max_tokens}
-        task_set = read_task_set(tuned.task, files, tuned.tokenizers, head, **limits)
-        for reason, count in task_set.rows.left_out.items():
-            ranks.log(f"{name}: {count} not read, which counts as an empty answer: {reason}")
-        if args.answers:
-            answers = read_answers(args.answers, task_set.ids)
-        else:
-            answers = answer_all(tuned.model, task_set, tuned.tokenizers.target, search, ranks)
-        if ranks.rank == 0 and not args.answers:
-            write_answers(out_dir / f"{name}.answers.tsv", task_set, answers)
-        if tuned.task in GLUE and not any(task_set.references):
-            if ranks.rank == 0:
-                source = paths_of(files)[0]
-                ranks.log(write_submission(out_dir, tuned.task, source, task_set.ids, answers))
-            continue
-        results[name] = score(tuned.task, task_set, answers, head, normaliser)
-        ranks.log(f"{name}: {json.dumps(results[name])}")
+    about: dict[str, Any] = {"task": args.task, "checkpoint": str(args.checkpoint)}
+    if args.answers:
+        about["answers"] = str(args.answers)
+    else:
+        about |= {"beam": args.beam, "length_penalty": args.length_penalty}
+    about["sets"] = results
     if len(results) > 1:
-        key = TASKS[tuned.task].score
-        results["mean"] = {key: float(np.mean([scores[key] for scores in results.values()]))}
-        ranks.log(f"mean of {len(results) - 1} sets: {json.dumps(results['mean'])}")
-    if results and ranks.rank == 0:
-        about = {"task": tuned.task, "checkpoint": str(args.checkpoint), **search._asdict()}
-        text = json.dumps(about | {"sets": results, "versions": training.versions()}, indent=2)
-        training.write_atomically(
-            out_dir / "scores.json", lambda sink: sink.write(text.encode() + b"\n")
-        )
-        ranks.log(f"scores: {out_dir / 'scores.json'}")
-    return results
+        key = TASKS[args.task].score
+        about["mean"] = {key: float(np.mean([scores[key] for scores in results.values()]))}
+        ranks.log(f"mean of {len(results)} sets: {json.dumps(about['mean'])}")
+    if ranks.rank == 0:
+        text = json.dumps(about | {"versions": training.versions()}, indent=2) + "\n"
+        path = args.out_dir / "scores.json"
+        training.write_atomically(path, lambda sink: sink.write(text.encode()))
+        ranks.log(f"scores: {path}")
+
+
+def folder_of_run(checkpoint: Path) -> Path:
+    """Where the answers and scores of a checkpoint belong: its run's folder."""
+    if checkpoint.is_dir():
+        return checkpoint
+    return checkpoint.parent.parent if checkpoint.parent.name == "ckpt" else checkpoint.parent
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Do what the command line asks for. Raises ValueError, FileNotFoundError."""
+    training.check_numbers(
+        args, from_1=("beam", "batch_tokens"), from_0=("length_penalty",), above_0=("batch_s",)
+    )
     if not (args.checkpoint or args.task):
         raise ValueError("give --checkpoint, or --task for the run in runs/TASK")
     args.checkpoint = args.checkpoint or Path("runs") / args.task
     tuned = load_fine_tuned(args.checkpoint, ranks.device)
     if args.task and args.task != tuned.task:
         raise ValueError(f"--task {args.task}: {args.checkpoint} was fine-tuned for {tuned.task}")
+    args.task, args.out_dir = tuned.task, args.out_dir or folder_of_run(args.checkpoint)
     modality, tags = TASKS[tuned.task].modality, tuned.model.head_config.tags
     if not (args.data or args.audio or args.text):
         args.data = [f"test={demo_sets(tuned.task, args.demo_dir, ranks)['test']}"]
@@ -787,10 +879,13 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
         if given and modality != reads:
             raise ValueError(f"{flag}: {tuned.task} reads {modality}, not {reads}")
     if args.target and args.target not in tags:
-        raise ValueError(f"--target {args.target}: the model writes {', '.join(tags)}")
+        writes = (
+            f"the model translates into {', '.join(tags)}" if tags != ("",) else "no translator"
+        )
+        raise ValueError(f"--target {args.target}: {writes}")
     search = Search(args.beam, args.length_penalty)
-    if args.data:
-        score_sets(tuned, args, ranks)
+    if results := score_sets(tuned, args, ranks):
+        write_scores(results, args, ranks)
     tag = tags.index(args.target) if args.target else 0
     for path in args.audio:
         ranks.log(f"{path}\t{transcribe(tuned, path, search, tag)}")

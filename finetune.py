@@ -12,7 +12,7 @@ SLAM (Bapna et al. 2021) section 4. `python finetune.py --task asr` goes on from
 All of the encoder is trained on, at a lower rate than the new head. `--init none` trains the same
 model from scratch: the baseline that pre-training is measured against.
 
-Public:  Recipe, RECIPES, average_weights. Everything else serves main().
+Public:  Recipe, RECIPES, BestWeights, average_weights. Everything else serves main().
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from conformer import FRAMES_PER_S, SIZES, SUBSAMPLING, SlamConfig, sized
 from corpora import GLUE, Manifest, Tokenizer, paths_of, read_textnorm
 from decoders import HEAD_SIZES, HeadConfig, TaskBatch, TaskModel
 from evaluate import TASKS, TaskSet, TaskTokenizers
-from training import Rate, Ranks
+from training import Ranks, Rate
 
 ME = "finetune.py"  # in checkpoints
 
@@ -70,10 +70,10 @@ RECIPES = {
     **dict.fromkeys(GLUE, GLUE_RECIPE),
     "textnorm": Recipe(batch_tokens=65_536, target_vocab=4_096),
 }
-# What differs at `tiny`, which has minutes, and two hours of speech: small steps, high rates, targets
-# of letters, a third of SpecAugment, and CTC: a transducer needs longer. The head learns first: with
-# both at the same rate and warm-up, an encoder that is moved by a head that knows nothing yet did
-# not leave CTC's plateau in 1,300 steps (EXPERIMENTS.md, "Recognition").
+# What differs at `tiny`, which has minutes and two hours of speech: small steps, high rates, a
+# third of SpecAugment, targets of letters, and CTC (a transducer needs longer). The head learns
+# first: with both at the same rate and warm-up, an encoder that is moved by a head that knows
+# nothing yet did not leave CTC's plateau in 1,300 steps (EXPERIMENTS.md, "Recognition").
 TINY = dict(
     grad_clip=5.0, lr=2e-3, warmup_steps=1000, decoder_lr=4e-3, decoder_warmup_steps=50,
     dropout=0.0, augment=0.3, batch_s=16.0, batch_tokens=2048,
@@ -99,15 +99,16 @@ def use_demo(args: argparse.Namespace, ranks: Ranks) -> None:
     """No data was given: fill in the demo's."""
     files = evaluate.demo_sets(args.task, args.demo_dir, ranks)
     args.train, args.dev = files["train"], files["dev"]
-    args.tokenizer = args.tokenizer or Path(files["tokenizer"])
+    if not args.init:  # else the checkpoint has it
+        args.tokenizer = args.tokenizer or Path(files["tokenizer"])
 
 
-def train_target_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
+def train_target_tokenizer(args: argparse.Namespace, head: HeadConfig) -> Tokenizer | None:
     """A tokenizer of the training targets; it goes into the checkpoint. None for a classifier.
 
     Transcripts are lower case, which is how they are scored; the others keep their case.
     """
-    paths = paths_of(args.train)
+    paths, symbols = paths_of(args.train), ()
     if args.task in GLUE:
         return None
     if args.task == "textnorm":
@@ -115,11 +116,14 @@ def train_target_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
         lines: Iterable[str] = map(evaluate.sentence_target, sentences)
         symbols = evaluate.NORMALISATION_SYMBOLS
     else:
-        manifest, field = Manifest.read(paths), "text" if args.task == "asr" else "translation"
-        lines = [manifest.row(i).get(field, "") for i in range(len(manifest))]
-        symbols = ()
+        manifest = Manifest.read(paths, text_required=args.task == "asr")
+        lines, _ = evaluate.spoken_references(manifest, head.tags)
     case = "lower" if args.task == "asr" else "keep"
-    return Tokenizer.train(lines, args.target_vocab, case, symbols=symbols)
+    try:
+        return Tokenizer.train(lines, args.target_vocab, case, symbols=symbols)
+    except ValueError as error:
+        message = str(error).replace("--vocab-size", "--target-vocab")
+        raise ValueError(f"{args.train}: {message}") from error
 
 
 def read_sets(
@@ -132,31 +136,33 @@ def read_sets(
     )
     if not args.dev:
         return train, None
-    limits |= {"max_audio_s": math.inf, "max_tokens": 10 * args.max_tokens}
+    limits["max_audio_s"] = math.inf  # as evaluate.py will score it
     return train, evaluate.read_task_set(args.task, args.dev, tokenizers, head, **limits)
 
 
 def make_plan(train: TaskSet, head: HeadConfig, args: argparse.Namespace) -> data.BatchPlan:
     """The batch plan of the one stream. A transducer's micro-batches are also bounded by memory:
-    a lattice has a score for every frame, every place in the target and every symbol."""
-    speech = TASKS[args.task].modality == "speech"
+    a lattice has a score for every frame, every place in the target and every symbol.
+
+    Raises: ValueError where the bound is too low for a single row.
+    """
+    rows, speech = train.rows, TASKS[args.task].modality == "speech"
     units = int(FRAMES_PER_S * args.batch_s) if speech else args.batch_tokens
-    bound: dict[str, Any] = {}
-    if head.kind == "rnnt":
-        bytes_a_cell = 2 * 4 * head.vocab_size  # fp32 logits and their gradient
-        max_cells = int(args.max_lattice_gib * 2**30 / bytes_a_cell)
-        widths = train.rows.target_lens + 1
-        largest = int((train.rows.lengths / SUBSAMPLING * widths).max())
-        if largest > max_cells:
-            raise ValueError(
-                f"--max-lattice-gib {args.max_lattice_gib:g}: one row alone needs "
-                f"{largest * bytes_a_cell / 2**30:.1f}; raise it, or lower --max-audio-s"
-            )
-        bound = {"widths": widths, "max_area": SUBSAMPLING * max_cells}
-    return data.BatchPlan(
-        train.rows.lengths, units, micro_batches=args.micro_batches, seed=args.seed, stream=3,
-        **bound,
-    )  # fmt: skip
+    how = {"micro_batches": args.micro_batches, "seed": args.seed, "stream": 3}
+    if head.kind != "rnnt":
+        return data.BatchPlan(rows.lengths, units, **how)
+    gib_a_cell = 2 * 4 * head.vocab_size / 2**30  # fp32 logits and their gradient
+    max_area = int(SUBSAMPLING * args.max_lattice_gib / gib_a_cell)  # log-mel frames x places
+    widths = rows.target_lens + 1
+    plan = data.BatchPlan(rows.lengths, units, widths=widths, max_area=max_area, **how)
+    # A row alone is padded, too: to the longest and the widest of its bucket.
+    largest = max(length * width for length, width in plan.bucket_max(widths).items())
+    if largest > max_area:
+        raise ValueError(
+            f"--max-lattice-gib {args.max_lattice_gib:g}: one row alone needs "
+            f"{largest / SUBSAMPLING * gib_a_cell:.2g}; raise it, or lower --max-audio-s"
+        )
+    return plan
 
 
 class TaskData(Dataset):
@@ -174,6 +180,66 @@ class TaskData(Dataset):
 # ------------------------------------------------------------------------------------ checkpoints
 
 
+class BestWeights:
+    """The held-out scores of a run, and the weights of the best of them, in its folder ckpt/.
+
+    dev_0000100.pt and so on are the best n_kept, best.pt is a copy of the best of all, and
+    held_out.json lists [step, score]. Only rank 0 has one.
+    """
+
+    @classmethod
+    def of_run(cls, args: argparse.Namespace, start_step: int) -> BestWeights:
+        """As the command line wants them."""
+        n_kept = max(1, args.average) if args.average_of == "best" else 1
+        higher_is_better = TASKS[args.task].higher_is_better
+        return cls(args.out_dir / "ckpt", n_kept, higher_is_better, start_step)
+
+    def __init__(self, folder: Path, n_kept: int, higher_is_better: bool, start_step: int) -> None:
+        """Go on at start_step. What the run did after it, it will do again: that is forgotten."""
+        self.folder, self.n_kept, self.sign = folder, n_kept, -1 if higher_is_better else 1
+        self._record, self._copied = folder / "held_out.json", None
+        known = json.loads(self._record.read_text()) if self._record.exists() else []
+        self.scores: list[list[float]] = [entry for entry in known if entry[0] <= start_step]
+        if len(self.scores) < len(known):
+            self._tidy()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"dev_{step:07d}.pt"
+
+    def _kept(self) -> list[int]:
+        """Steps whose weights are there, the best first, and of equals the earlier."""
+        there = [(self.sign * v, step) for step, v in self.scores if self._path(step).exists()]
+        return [step for _, step in sorted(there)]
+
+    def _tidy(self) -> None:
+        """Bring the files in line with the scores."""
+        kept = self._kept()[: self.n_kept]
+        for path in set(self.folder.glob("dev_*.pt")) - {self._path(step) for step in kept}:
+            path.unlink()
+        best = self.folder / "best.pt"
+        if not kept:
+            best.unlink(missing_ok=True)
+        elif kept[0] != self._copied:
+            weights = self._path(kept[0]).read_bytes()
+            training.write_atomically(best, lambda file: file.write(weights))
+            self._copied = kept[0]
+        text = json.dumps(self.scores) + "\n"
+        training.write_atomically(self._record, lambda file: file.write(text.encode()))
+
+    def add(self, step: int, value: float, contents: dict[str, Any]) -> bool:
+        """Keep these weights if they are among the best. Returns: whether they are the best."""
+        self.scores = [entry for entry in self.scores if entry[0] < step] + [[step, value]]
+        contents = contents | {"step": step, "dev": value}
+        training.write_atomically(self._path(step), lambda file: torch.save(contents, file))
+        self._tidy()
+        return self._copied == step
+
+    def since_best(self) -> int:
+        """How many evaluations there were after the best one."""
+        values = [self.sign * value for _, value in self.scores]
+        return len(values) - 1 - values.index(min(values)) if values else 0
+
+
 @dataclasses.dataclass
 class Run:
     """All that a run consists of once its arguments have been understood."""
@@ -187,7 +253,8 @@ class Run:
     plan: data.BatchPlan
     tokenizers: TaskTokenizers
     identity: dict[str, Any]
-    start_step: int
+    start_step: int = 0
+    best: BestWeights | None = None  # of rank 0
 
     def contents(self) -> dict[str, Any]:
         """What evaluate.py needs to use the model."""
@@ -216,77 +283,67 @@ class Run:
                 self.args.keep_last, self.args.keep_every,
             )  # fmt: skip
 
-    def dev_scores(self) -> dict[str, Any]:
-        """Decode and score the held-out set; its answers are in dev.answers.tsv."""
+    def dev_scores(self) -> tuple[dict[str, Any], list[str]]:
+        """Decode the held-out set -> its scores and the answers."""
         search = evaluate.Search(batch_units=self.plan.units_per_micro)
         model, target = self.model, self.tokenizers.target
         answers = evaluate.answer_all(model, self.dev, target, search, self.ranks)
-        if self.ranks.rank == 0:
-            evaluate.write_answers(self.args.out_dir / "dev.answers.tsv", self.dev, answers)
         how = model.head_config, self.args.normaliser
-        return evaluate.score(self.args.task, self.dev, answers, *how)
+        return evaluate.score(self.args.task, self.dev, answers, *how), answers
 
     def held_out(self, step: int) -> training.Evaluation:
-        """Score the held-out set, and keep the weights if they are among the best."""
-        scores, its = self.dev_scores(), TASKS[self.args.task]
-        enough = False
+        """Score the held-out set. If it is the best so far, its answers are in dev.answers.tsv."""
+        scores, answers = self.dev_scores()
         if self.ranks.rank == 0:
-            enough = self.keep_best(step, scores[its.score], its.higher_is_better)
-        flag = torch.tensor(float(enough), device=self.ranks.device)
+            value = scores[TASKS[self.args.task].score]
+            if self.best.add(step, value, self.contents()):
+                evaluate.write_answers(self.args.out_dir / "dev.answers.tsv", self.dev, answers)
         figures = {k: float(v) for k, v in scores.items() if isinstance(v, (int, float))}
-        return training.Evaluation(
-            figures, f"  {json.dumps(scores)}", enough=bool(self.ranks.sum(flag))
-        )
+        return training.Evaluation(figures, f"  {json.dumps(scores)}", enough=self.is_enough())
 
-    def keep_best(self, step: int, value: float, higher_is_better: bool) -> bool:
-        """Keep these weights if they are among the best --average; the best are ckpt/best.pt.
+    def is_enough(self) -> bool:
+        """Whether the best score is --patience evaluations old; all ranks learn it from rank 0."""
+        patience = self.args.patience
+        return self._tell(bool(patience and self.best and self.best.since_best() >= patience))
 
-        Returns: True when the best is --patience evaluations old.
-        """
-        folder = self.args.out_dir / "ckpt"
-        record = folder / "scores.json"
-        history = json.loads(record.read_text()) if record.exists() else []
-        history = [entry for entry in history if entry[0] < step] + [[step, value]]
-        ranked = sorted(history, key=lambda e: (-e[1] if higher_is_better else e[1], e[0]))
-        kept = {f"dev_{its_step:07d}.pt" for its_step, _ in ranked[: max(1, self.args.average)]}
-        contents = self.contents() | {"step": step, "dev": value}
-        if f"dev_{step:07d}.pt" in kept:
-            path = folder / f"dev_{step:07d}.pt"
-            training.write_atomically(path, lambda file: torch.save(contents, file))
-        if ranked[0][0] == step:
-            training.write_atomically(folder / "best.pt", lambda file: torch.save(contents, file))
-        for old in folder.glob("dev_*.pt"):
-            if old.name not in kept:
-                old.unlink()
-        text = json.dumps(history) + "\n"
-        training.write_atomically(record, lambda file: file.write(text.encode()))
-        since_best = len(history) - 1 - history.index(ranked[0])
-        return bool(self.args.patience) and since_best >= self.args.patience
+    def is_scored(self, step: int) -> bool:
+        """Whether the held-out score of this step is known; all ranks learn it from rank 0."""
+        return self._tell(bool(self.best and self.best.scores and self.best.scores[-1][0] == step))
+
+    def _tell(self, answer: bool) -> bool:
+        return bool(self.ranks.sum(torch.tensor(float(answer), device=self.ranks.device)))
+
+    def resume(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Go on from a checkpoint of this run. Raises ValueError where it is of another."""
+        changed = training.check_same_run(checkpoint["run"], self.identity, path)
+        self.start_step = checkpoint["step"]
+        self.model.load_state_dict(checkpoint["model"])
+        training.load_optimizer(self.optimizer, checkpoint["optimizer"])
+        self.ranks.log("\n  ".join([f"resumed {path} at step {self.start_step}", *changed]))
 
 
 def average_weights(paths: list[Path]) -> dict[str, Tensor]:
     """The mean of several checkpoints' weights; buffers of whole numbers are the last one's."""
-    models = [training.load_checkpoint(path)["model"] for path in paths]
+    total: dict[str, Tensor] = {}
+    for path in paths:  # one after the other: there may be no room for all
+        weights = training.load_checkpoint(path)["model"]
+        for name, value in weights.items():
+            total[name] = total.get(name, 0) + value.double()
     return {
-        name: (
-            torch.stack([model[name].double() for model in models]).mean(0).to(value.dtype)
-            if value.is_floating_point()
-            else value
-        )
-        for name, value in models[-1].items()
+        name: (total[name] / len(paths) if value.is_floating_point() else value).to(value.dtype)
+        for name, value in weights.items()
     }
 
 
 # ------------------------------------------------------------------------------- starting a run
 
 
-def resolve(args: argparse.Namespace, ranks: Ranks, initial: dict[str, Any] | None) -> HeadConfig:
-    """Fill in what depends on task and size -> the head, but for its tokenizer's size.
+def resolve(args: argparse.Namespace, ranks: Ranks, start: dict[str, Any] | None) -> None:
+    """Fill in what depends on the task, the size and the checkpoint to start from.
 
-    Raises: ValueError for what cannot be.
+    Raises: ValueError for numbers that cannot be.
     """
-    its = TASKS[args.task]
-    args.size = args.size or (initial["args"]["size"] if initial else "tiny")
+    args.size = args.size or (start["args"]["size"] if start else "tiny")
     for name, value in dataclasses.asdict(recipe_of(args.task, args.size)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -302,120 +359,167 @@ def resolve(args: argparse.Namespace, ranks: Ranks, initial: dict[str, Any] | No
         raise ValueError(f"--augment {args.augment}: expected a share from 0 to 1")
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout}: expected a share from 0 to below 1")
-    args.head = args.head or its.heads[0]
-    if args.head not in its.heads:
-        raise ValueError(f"--head {args.head}: {args.task} has {' or '.join(its.heads)}")
     args.dtype = training.resolve_dtype(args.dtype, ranks.device)
-    args.eval_every = args.eval_every or max(1, args.max_steps // 5)
-    args.out_dir = args.out_dir or Path("runs") / args.task
+    if args.eval_every is None:
+        args.eval_every = max(1, args.max_steps // 5)
+    if args.average_of == "last":
+        args.keep_last = max(args.keep_last, args.average)
     args.loss_weights = {}
+
+
+def head_of(args: argparse.Namespace) -> HeadConfig:
+    """The head, but for the size of its tokenizer.
+
+    Raises: ValueError for a head or languages that cannot be.
+    """
+    heads, languages = TASKS[args.task].heads, tuple(args.targets.split(","))
+    args.head = args.head or heads[0]
+    if args.head not in heads:
+        raise ValueError(f"--head {args.head}: {args.task} has {' or '.join(heads)}")
+    if len(set(languages)) < len(languages) or "" in languages:
+        raise ValueError(f"--targets {args.targets!r}: expected languages, each once, as de,ca")
     return HeadConfig(
         args.head,
         labels=GLUE[args.task].labels if args.task in GLUE else (),
-        tags=tuple(args.targets.split(",")) if args.task == "st" else ("",),
+        tags=languages if args.task == "st" else ("",),
         dropout=args.dropout,
         **HEAD_SIZES[args.size],
     )
 
 
 def find_tokenizers(
-    args: argparse.Namespace, checkpoint: dict[str, Any] | None, resumed: bool
+    args: argparse.Namespace, head: HeadConfig, checkpoint: dict[str, Any] | None, resumed: bool
 ) -> TaskTokenizers:
-    """The encoder's tokenizer is the checkpoint's or --tokenizer; the target's is trained once."""
+    """The encoder's tokenizer is the checkpoint's or --tokenizer; the target's is trained once.
+
+    Raises: ValueError where the first is missing, or both are there and differ.
+    """
 
     def stored(name: str) -> Tokenizer | None:
         part = checkpoint.get(name) if checkpoint else None
         return None if part is None else Tokenizer(bytes(part.tolist()))
 
-    source = stored("tokenizer")
-    if source is None and args.tokenizer:
-        source = Tokenizer.load(args.tokenizer)
+    kept, given = stored("tokenizer"), args.tokenizer and Tokenizer.load(args.tokenizer)
+    if kept and given and kept.fingerprint != given.fingerprint:
+        raise ValueError(
+            f"--tokenizer {args.tokenizer}: is not the one that the checkpoint was trained with; "
+            "leave the flag out"
+        )
+    source = kept or given or None
     if source is None and TASKS[args.task].modality == "text":
         raise ValueError(f"--tokenizer is missing: {args.task} reads text")
-    target = stored("target_tokenizer") if resumed else train_target_tokenizer(args)
+    target = stored("target_tokenizer") if resumed else train_target_tokenizer(args, head)
     return TaskTokenizers(source, target)
+
+
+def find_start(
+    args: argparse.Namespace,
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None]:
+    """As training.find_start; the start that is missing by default is explained.
+
+    Raises: also ValueError where the run to resume is of another task.
+    """
+    args.init = None if str(args.init) == "none" else args.init
+    try:
+        resumed, initial, path = training.find_start(args, ME, ("pretrain.py", ME))
+    except FileNotFoundError as error:
+        advice = "" if args.resume else "; `python pretrain.py` makes one, --init none needs none"
+        raise FileNotFoundError(f"{error}{advice}") from error
+    if resumed and resumed["task"] != args.task:
+        raise ValueError(f"{path}: cannot be resumed, it is a run of --task {resumed['task']}")
+    return resumed, initial, path
 
 
 def build(
     args: argparse.Namespace,
-    ranks: Ranks,
     head: HeadConfig,
     tokenizers: TaskTokenizers,
-    initial: dict[str, Any] | None,
+    checkpoint: dict[str, Any] | None,
 ) -> TaskModel:
-    """The model: its encoder from a pre-training checkpoint, or from scratch; its head new."""
-    modality = TASKS[args.task].modality
-    if initial:
-        config = SlamConfig(**initial["config"])
+    """The model with random weights, its encoder as large as the checkpoint's if there is one."""
+    if checkpoint:
+        config = SlamConfig(**checkpoint["config"])
     else:
         vocabulary = {"vocab_size": tokenizers.source.vocab_size} if tokenizers.source else {}
         config = sized(args.size, **vocabulary)
     torch.manual_seed(args.seed)
-    model = TaskModel(dataclasses.replace(config, dropout=args.dropout), modality, head)
-    model.to(ranks.device, torch.float64 if args.dtype == "fp64" else torch.float32)
-    if not initial:
-        return model
+    config = dataclasses.replace(config, dropout=args.dropout)
+    return TaskModel(config, TASKS[args.task].modality, head)
+
+
+def initialise(model: TaskModel, initial: dict[str, Any]) -> str:
+    """Take the encoder's weights from another run -> a line about it.
+
+    Raises: ValueError where the other run had no such encoder.
+    """
     weights = initial.get("carried", {}) | initial["model"]
-    own = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
-    if missing := sorted(own.keys() - weights.keys()):
-        part = missing[0].split(".")[1]
+    own = [name for name in model.state_dict() if name.startswith("encoder.")]
+    if missing := [name for name in own if name not in weights]:
         raise ValueError(
-            f"--init: the checkpoint has no {missing[0]}: it was pre-trained without {part}"
+            f"--init: the checkpoint has no {missing[0]}: it was trained without {model.modality}"
         )
     model.load_state_dict({name: weights[name] for name in own}, strict=False)
-    ranks.log(f"init: {len(own)} tensors of the encoder taken, the {head.kind} head is new")
-    return model
+    head = model.head_config.kind
+    return f"init: {len(own)} tensors of the encoder taken, the {head} head is new"
+
+
+def estimate_statistics(model: TaskModel, train: TaskSet, seed: int) -> None:
+    """Standardise speech by the training set's own statistics: there are no others."""
+    mean, std = data.feature_statistics(train.rows.manifest, seed=seed)
+    model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
+    model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
-    """From the command line to a run that can start; None when there is nothing to run."""
+    """From the command line to a run that can start; None for --dry-run."""
     args.out_dir = args.out_dir or Path("runs") / args.task
-    args.init = None if str(args.init) == "none" else args.init
-    resumed, initial, path = training.find_start(args, ME, ("pretrain.py", ME))
-    head = resolve(args, ranks, resumed or initial)
+    resumed, initial, path = find_start(args)
+    resolve(args, ranks, resumed or initial)
+    head = head_of(args)
     training.resolve_micro_batches(args, ranks, resumed)
     if not args.train and not args.dev:
         use_demo(args, ranks)
     if not args.train:
         raise ValueError("--train is missing: give it beside --dev, or neither for the demo")
-    tokenizers = find_tokenizers(args, resumed or initial, bool(resumed))
+    tokenizers = find_tokenizers(args, head, resumed or initial, bool(resumed))
     vocab_size = tokenizers.target.vocab_size if tokenizers.target else 0
     head = dataclasses.replace(head, vocab_size=vocab_size)
     train, dev = read_sets(args, tokenizers, head)
     plan = make_plan(train, head, args)
-    for reason, count in train.rows.left_out.items():
+    for reason, count in (train.malformed | train.rows.left_out).items():
         ranks.log(f"{args.train}: {count} rows left out: {reason}")
-    model = build(args, ranks, head, tokenizers, resumed or initial)
+    if dev:
+        evaluate.say_what_is_missing(args.dev, dev, ranks)
+    model = build(args, head, tokenizers, resumed or initial)
+    model.to(ranks.device, torch.float64 if args.dtype == "fp64" else torch.float32)
+    if initial:
+        ranks.log(initialise(model, initial))
     ranks.log(describe(model, plan, args))
     if args.dry_run:
         return None
-    identity, start_step = identity_of(args, model, train), 0
-    if not (resumed or initial) and model.modality == "speech":
-        mean, std = data.feature_statistics(train.rows.manifest, seed=args.seed)
-        model.encoder.speech.feature_mean.copy_(torch.from_numpy(mean))
-        model.encoder.speech.feature_std.copy_(torch.from_numpy(std))
-    rate = Rate(args.decoder_lr / args.lr if args.lr else 1.0, args.decoder_warmup_steps)
+    rate = Rate(warmup_steps=args.decoder_warmup_steps, peak=args.decoder_lr, name="head")
     optimizer = training.make_optimizer(model, args.weight_decay, {"head": rate})
+    identity = identity_of(args, model, train)
+    run = Run(args, ranks, model, optimizer, train, dev, plan, tokenizers, identity)
     if resumed:
-        changed = training.check_same_run(resumed["run"], identity, path)
-        start_step = resumed["step"]
-        if start_step >= args.max_steps:
-            ranks.log(f"{path}: this run has made its {args.max_steps} steps; raise --max-steps")
-            return None
-        model.load_state_dict(resumed["model"])
-        training.load_optimizer(optimizer, resumed["optimizer"])
-        ranks.log("\n  ".join([f"resumed {path} at step {start_step}", *changed]))
+        run.resume(resumed, path)
+    elif not initial and model.modality == "speech":
+        estimate_statistics(model, train, args.seed)
+    if ranks.rank == 0:
+        run.best = BestWeights.of_run(args, run.start_step)
     training.make_fast(model, args.fast, ranks.device)
-    return Run(args, ranks, model, optimizer, train, dev, plan, tokenizers, identity, start_step)
+    return run
 
 
 def identity_of(
     args: argparse.Namespace, model: TaskModel, train: TaskSet
 ) -> dict[str, dict[str, Any]]:
     """What a run is: as in pretrain.py."""
+    head = dataclasses.asdict(model.head_config)
     same = {
-        "--task, --head, --targets and their sizes": dataclasses.asdict(model.head_config),
-        "--size and --dropout": dataclasses.asdict(model.encoder.config),
+        "--dropout": head.pop("dropout"),
+        "--task, --head, --targets and their sizes": head,
+        "--size": dataclasses.asdict(model.encoder.config),
         "--augment": args.augment,
         "--seed": args.seed,
         "--batch-s, --batch-tokens": [args.batch_s, args.batch_tokens],
@@ -443,27 +547,34 @@ def describe(model: TaskModel, plan: data.BatchPlan, args: argparse.Namespace) -
 
 
 def finish(run: Run) -> None:
-    """Report the best held-out score; average the best weights if that was asked for."""
-    folder, key = run.args.out_dir / "ckpt", TASKS[run.args.task].score
-    if run.dev is None:
+    """Report the best held-out score; average weights if that was asked for."""
+    args, ranks, folder = run.args, run.ranks, run.args.out_dir / "ckpt"
+    ranks.wait()  # for rank 0's files
+    key, contents, figure = TASKS[args.task].score, run.contents(), ""
+    if run.dev:
+        best = training.load_checkpoint(folder / "best.pt")
+        ranks.log(f"best held-out {key} {best['dev']:.4f} at step {best['step']}: ckpt/best.pt")
+    kind = "dev" if args.average_of == "best" else "step"
+    paths = sorted(folder.glob(f"{kind}_*.pt"))[-args.average :]
+    if args.average < 2 or len(paths) < 2:
         return
-    run.ranks.wait()  # for rank 0's files
-    best = training.load_checkpoint(folder / "best.pt")
-    run.ranks.log(f"best held-out {key} {best['dev']:.4f} at step {best['step']}: ckpt/best.pt")
-    paths = sorted(folder.glob("dev_*.pt"))
-    if run.args.average > 1 and len(paths) > 1:
-        run.model.load_state_dict(average_weights(paths))
-        value, path = run.dev_scores()[key], folder / "average.pt"
-        if run.ranks.rank == 0:
-            contents = run.contents() | {"step": best["step"], "dev": value}
-            training.write_atomically(path, lambda file: torch.save(contents, file))
-        run.ranks.log(f"mean of the {len(paths)} best weights: {key} {value:.4f}: ckpt/average.pt")
+    run.model.load_state_dict(average_weights(paths))
+    contents |= {"model": run.model.state_dict(), "averaged": [path.name for path in paths]}
+    if run.dev:
+        scores, answers = run.dev_scores()
+        contents["dev"], figure = scores[key], f"held-out {key} {scores[key]:.4f}, "
+    if ranks.rank == 0:
+        training.write_atomically(folder / "average.pt", lambda file: torch.save(contents, file))
+        if run.dev:
+            evaluate.write_answers(args.out_dir / "average.answers.tsv", run.dev, answers)
+    ranks.log(f"mean of the {len(paths)} {args.average_of} weights: {figure}ckpt/average.pt")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; defaults that belong to task and size stay None until they are known."""
     parser = argparse.ArgumentParser(
-        description="Fine-tune SLAM. With no data arguments: on the embedded demo corpus."
+        description="Fine-tune SLAM from --init (default: runs/demo; none: from scratch). "
+        "With no data arguments: on the embedded demo corpus."
     )
     parser.add_argument("--task", choices=TASKS, required=True)
     add = parser.add_argument_group("data").add_argument
@@ -480,14 +591,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-lattice-gib", type=float, default=4.0, help="of a transducer (%(default)s)")
     add = parser.add_argument_group("model and optimisation").add_argument
     add("--size", choices=SIZES, help="the recipe's, and the model's with --init none")
-    add("--head", choices=("rnnt", "ctc"), help="of asr (default: rnnt)")
+    add("--head", choices=("rnnt", "ctc"), help="of asr (default: rnnt, at size tiny ctc)")
     add("--dropout", type=float, help="in encoder and head (default: the task's)")
     add("--augment", type=float, help="strength of SpecAugment, 0 to 1 (default: the task's)")
     add("--decoder-lr", type=float, help="peak rate of the head (--lr is the encoder's)")
     add("--decoder-warmup-steps", type=int, help="of the head (--warmup-steps: the encoder's)")
     add("--normaliser", choices=evaluate.NORMALISERS, default="case", help="of words (%(default)s)")
     add("--patience", type=int, default=0, help="evaluations without a better one (0: no limit)")
-    add("--average", type=int, default=0, help="in the end, average the N best weights (0: not)")
+    add("--average", type=int, default=0, help="weights to average in the end (0: none)")
+    add(
+        "--average-of",
+        choices=("best", "last"),
+        default="best",
+        help="best: by held-out score; last: of the saved checkpoints (default: %(default)s)",
+    )
     add("--out-dir", type=Path, help="(default: runs/TASK)")
     training.add_arguments(parser)
     parser.set_defaults(init=Path("runs/demo"), save_every=200)
@@ -502,15 +619,20 @@ def main(argv: list[str] | None = None) -> None:
         run = prepare(args, ranks)
         if run is None:
             return 0
-        stopped_by = training.follow(
+        if run.start_step >= args.max_steps or run.is_enough():
+            advice = "raise --max-steps or --patience, or choose another --out-dir"
+            ranks.log(f"{args.out_dir}: this run has made its {run.start_step} steps; {advice}")
+            if run.dev and not run.is_scored(run.start_step):  # the last time, it was killed here
+                ranks.log(run.held_out(run.start_step).table)
+        elif stopped_by := training.follow(
             run.model, TaskData(run.train.rows, run.plan), args, ranks, run.start_step,
             optimizer=run.optimizer, save=run.save,
             evaluate=run.held_out if run.dev else None,
             about={"config": dataclasses.asdict(run.model.encoder.config)},
-        )  # fmt: skip
-        if not stopped_by:
-            finish(run)
-        return stopped_by
+        ):  # fmt: skip
+            return stopped_by
+        finish(run)
+        return 0
 
     training.run_entry_point(fine_tune)
 

@@ -9,10 +9,10 @@ One optimiser step is A micro-batches (`--micro-batches`), numbered k = 0..A-1 o
 r of W runs k = r, r+W, ...; a single process runs them all. So W ranks and one process with the
 same A do the same step.
 
-Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, Rate, make_optimizer, load_optimizer,
-        loss_scales, TensorBatch, train, evaluate_sums, means, save_checkpoint, load_checkpoint,
-        find_checkpoint, MetricsLog, check_alarms, follow, run_entry_point, find_start,
-        check_same_run, make_fast, StopSignal, add_arguments.
+Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, Rate, make_optimizer, set_rates,
+        load_optimizer, loss_scales, TensorBatch, train, evaluate_sums, means, save_checkpoint,
+        load_checkpoint, find_checkpoint, MetricsLog, check_alarms, follow, run_entry_point,
+        find_start, check_same_run, make_fast, StopSignal, add_arguments.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ class Rate(NamedTuple):
 
     scale: float = 1.0  # peak relative to --lr
     warmup_steps: int | None = None  # None: --warmup-steps
+    peak: float | None = None  # a peak of its own, whatever --lr is
+    name: str | None = None  # the log has it as lr/name
 
 
 def make_optimizer(
@@ -158,6 +160,21 @@ def make_optimizer(
         for (rate, decay), parameters in groups.items()
     ]
     return torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespace
+) -> dict[str, float]:
+    """Set the learning rate of every group for a step -> those to be logged: lr, and lr/name."""
+    logged = {"lr": inverse_sqrt(step, args.lr, args.warmup_steps)}
+    for group in optimizer.param_groups:
+        peak, warmup_steps = group["peak"], group["warmup_steps"]
+        peak = args.lr * group["scale"] if peak is None else peak
+        warmup_steps = args.warmup_steps if warmup_steps is None else warmup_steps
+        group["lr"] = inverse_sqrt(step, peak, warmup_steps)
+        if group["name"]:
+            logged[f"lr/{group['name']}"] = group["lr"]
+    return logged
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
@@ -377,10 +394,7 @@ def train(
         }
         scales = loss_scales(counts, args.loss_weights, ranks.world_size)
 
-        lr = inverse_sqrt(step, args.lr, args.warmup_steps)
-        for group in optimizer.param_groups:
-            peak, warmup_steps = args.lr * group["scale"], group["warmup_steps"]
-            group["lr"] = inverse_sqrt(step, peak, warmup_steps or args.warmup_steps)
+        rates = set_rates(optimizer, step, args)
         for k, batch in zip(local, batches):
             seed_micro_batch(args.seed, step, k)
             last = k == local[-1]
@@ -404,7 +418,7 @@ def train(
             elapsed = time.perf_counter() - window_start
             weight = {name: args.loss_weights.get(name, 1.0) for name in model.loss_names}
             metrics["loss"] = sum(w * metrics.get(f"loss/{n}", 0.0) for n, w in weight.items())
-            metrics |= {"lr": lr, "grad_norm": float(grad_norm)}
+            metrics |= rates | {"grad_norm": float(grad_norm)}
             metrics["skipped_steps"] = float(skipped_total)
             metrics["step_ms"] = 1e3 * elapsed / window_steps
             metrics["data_wait_ms"] = 1e3 * data_wait / window_steps
@@ -970,8 +984,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--eval-every",
         type=int,
-        default=0,
-        help="steps between held-out evaluations (0: only at the end)",
+        help="steps between held-out evaluations, 0: only at the end "
+        "(default: in pre-training 0, in fine-tuning a fifth of --max-steps)",
     )
     add("--keep-last", type=int, default=2, help="checkpoints kept on disk (default: %(default)s)")
     add(

@@ -23,6 +23,7 @@ import conformer
 import data
 from conformer import CLS_ID, MASK_ID, N_MELS, N_SPECIAL, PAD_ID, SEP_ID
 from losses import BLANK_ID, Loss
+from training import Rate
 
 MICRO = dict(
     vocab_size=40, speech_layers=2, mm_layers=2, d_model=32, d_ff=48, n_heads=2, conv_kernel=5,
@@ -716,7 +717,7 @@ class _StopAtStep:
     """Stands for an optimiser."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.param_groups = model, [{"scale": 1.0, "warmup_steps": None}]
+        self.model, self.param_groups = model, [Rate()._asdict()]
 
     def step(self) -> None:
         raise _Stepped(self.model.weight.grad.clone())

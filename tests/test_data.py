@@ -490,7 +490,7 @@ def test_masks_follow_the_seed_alone():
 def test_purposes_have_seeds_of_their_own():
     """numpy pads seeds with zeros, so a purpose 0 would share its numbers with a shorter seed."""
     names = "SPEECH_CROP SPEECH_MASKING TEXT_MASKING PAIR_SPEECH_MASKING PAIR_TEXT_MASKING".split()
-    names += "STM_NEGATIVE STM_TEXT_MASKING PLAN_ORDER JOINT_ORDER STATISTICS".split()
+    names += "STM_NEGATIVE STM_TEXT_MASKING PLAN_ORDER JOINT_ORDER STATISTICS SPEC_AUGMENT".split()
     values = [getattr(data, name) for name in names]
     assert len(set(values)) == len(values) and min(values) > 0
 
@@ -545,6 +545,38 @@ def test_short_texts_can_be_masked(n_words):
         and corrupted[0] == CLS_ID
         and corrupted[-1] == SEP_ID
     )
+
+
+# -------------------------------------------------------------------------------------- SpecAugment
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+def test_spec_augment_keeps_to_its_bounds_and_uses_them(strength):
+    """Two bands of up to 27 bins; ten stretches of up to 5% of the row; both overlap at times."""
+    n, widest = 400, round(27 * strength)
+    most_bands, most_stretches = 2 * widest, round(10 * strength) * 20
+    bands, stretches, bins, frames = [], [], np.zeros(N_MELS), np.zeros(n)
+    for seed in range(2000):
+        hidden_frames, hidden_bins = data.spec_augment(np.random.default_rng(seed), n, strength)
+        assert hidden_frames.shape == (n,) and hidden_bins.shape == (N_MELS,)
+        assert hidden_frames.dtype == hidden_bins.dtype == bool
+        bands.append([stop - start for start, stop in runs(hidden_bins)])
+        stretches.append([stop - start for start, stop in runs(hidden_frames)])
+        bins, frames = bins + hidden_bins, frames + hidden_frames
+    assert max(map(len, bands)) == 2 and max(map(len, stretches)) == round(10 * strength)
+    assert most_bands - 3 <= max(map(sum, bands)) <= most_bands
+    assert 0.6 * most_stretches < max(map(sum, stretches)) <= most_stretches
+    single = [its[0] for its in bands if len(its) == 1]
+    assert widest in single and min(single) == 1
+    assert bins.min() > 0 and frames.min() > 0  # also the first and the last
+
+
+def test_spec_augment_of_strength_0_or_of_a_row_too_short_hides_no_frame():
+    for seed in range(50):
+        frames, bins = data.spec_augment(np.random.default_rng(seed), 300, 0.0)
+        assert not frames.any() and not bins.any()
+        for n in (0, 1, 19):
+            assert not data.spec_augment(np.random.default_rng(seed), n, 1.0)[0].any()
 
 
 # -------------------------------------------------------------------------------------------- plans
@@ -651,6 +683,41 @@ def test_the_plan_says_what_a_step_really_holds():
     held = [LENGTHS[rows].sum() for rows, *_ in batches(plan, range(8 * 60))]
     assert 4 * np.mean(held) == pytest.approx(plan.mean_units(), rel=0.01)  # 4 micro-batches a step
     assert 0.7 * 16_000 < plan.mean_units() < 16_000
+
+
+def transducer_rows(n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and widths as of speech and transcript: longer speech has more text, mostly."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(50, 1600, n)
+    return lengths, 1 + (lengths * rng.uniform(0.02, 0.08, n)).astype(np.int64)
+
+
+@pytest.mark.parametrize("max_area", [100_000, 600_000, 10**9])
+def test_no_micro_batch_exceeds_the_area_but_single_rows(max_area):
+    """Area: rows x longest length x widest width, which is what a transducer's lattice takes."""
+    lengths, widths = transducer_rows()
+    plan = make_plan(lengths, units=64_000, widths=widths, max_area=max_area)
+    widest, single, areas = plan.bucket_max(widths), 0, []
+    for rows, _, bucket_len in batches(plan, range(80)):
+        area = len(rows) * bucket_len * widest[bucket_len]
+        assert widths[rows].max() <= widest[bucket_len] and len(rows) * bucket_len <= 64_000 // 4
+        assert area <= max_area or len(rows) == 1
+        single += area > max_area
+        areas.append(area)
+    assert single == 0 if max_area > 250_000 else single > 0
+    if max_area == 600_000:
+        assert np.mean(areas) > 0.5 * max_area, "the room is not used"
+    if max_area == 10**9:  # it bounds nothing: the plan is as without
+        pairs = zip(batches(plan, [3]), batches(make_plan(lengths, units=64_000), [3]))
+        assert all(np.array_equal(one[0], other[0]) for one, other in pairs)
+
+
+def test_long_and_short_rows_are_visited_equally_often_though_the_area_is_bounded():
+    lengths, widths = transducer_rows()
+    plan, visits = make_plan(lengths, units=64_000, widths=widths, max_area=600_000), np.zeros(1000)
+    for rows, _, _ in batches(plan, range(8 * 200)):
+        np.add.at(visits, rows, 1)
+    assert visits.max() / visits.min() < 1.3
 
 
 @pytest.mark.parametrize(

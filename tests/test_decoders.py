@@ -1,5 +1,6 @@
 """Properties of decoders.py: searches against brute force, the cache against no cache, padding."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,15 +8,26 @@ import checks
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import collapsed, decoder_inputs, label_scores, small_decoder, with_fixed_answers
+from checks import (
+    collapsed,
+    decoder_inputs,
+    label_scores,
+    micro_config,
+    small_decoder,
+    with_fixed_answers,
+)
 from torch import Tensor
 
 import decoders
+import losses as L
 from conformer import PAD_ID, SEP_ID
 from decoders import (
     Attention,
     Classifier,
+    HeadConfig,
     Hypothesis,
+    TaskBatch,
+    TaskModel,
     TransformerDecoder,
     ctc_align,
     ctc_greedy,
@@ -432,3 +444,195 @@ def test_the_classifier_learns_to_tell_states_apart():
     logits = classifier.eval()(states)
     assert logits.shape == (9, 3) and torch.equal(logits.argmax(-1), labels % 3)
     assert torch.equal(logits, classifier(states)), "dropout in eval mode"
+
+
+# ------------------------------------------------------------------------------------ task models
+
+HEADS = {
+    "ctc": ("speech", HeadConfig("ctc", 12)),
+    "rnnt": ("speech", HeadConfig("rnnt", 12, rnnt_layers=1, rnnt_dim=16, joint_dim=16)),
+    "translation": ("speech", HeadConfig("attention", 12, tags=("de", "ca"))),
+    "rewriting": ("text", HeadConfig("attention", 12)),
+    "classifier": ("text", HeadConfig("classifier", labels=("yes", "no", "perhaps"))),
+}
+SMALL_DECODER = dict(decoder_layers=1, decoder_dim=16, decoder_ff=32, decoder_heads=2, dropout=0.0)
+
+
+def task_model(name: str, dtype: torch.dtype = torch.float64) -> TaskModel:
+    """A task's model of a few thousand parameters, in eval mode and without dropout."""
+    modality, head = HEADS[name]
+    config = micro_config(speech_layers=1, mm_layers=1)
+    model = TaskModel(config, modality, dataclasses.replace(head, **SMALL_DECODER))
+    model = checks.ruffled(model).to(dtype).eval()
+    if modality == "speech":
+        model.encoder.speech.feature_mean.normal_()
+        model.encoder.speech.feature_std.uniform_(1, 2)
+    return model
+
+
+def task_batch(name: str) -> TaskBatch:
+    """Three rows of different lengths with targets of 4, 2 and 3 tokens, or with labels.
+
+    Speech is noise, and each token has a sound of its own that is heard when it is its turn.
+    """
+    modality, head = HEADS[name]
+    targets, lens = torch.randint(5, 12, (3, 4)), torch.tensor([4, 2, 3])
+    targets = targets.masked_fill(torch.arange(4) >= lens[:, None], PAD_ID)
+    answers = dict(targets=targets, target_lens=lens, tags=torch.tensor([0, 1, 0]) % len(head.tags))
+    if name == "classifier":
+        answers = dict(labels=torch.tensor([2, 0, 2]))
+    if modality == "speech":
+        speech, sound = checks.speech_batch((70, 44, 59)), 4 * torch.randn(12, 80)
+        for b, (n_frames, n) in enumerate(zip(speech.feature_lens.tolist(), lens.tolist())):
+            heard = targets[b, torch.arange(n_frames) * n // n_frames]
+            speech.features[b, :n_frames] += sound[heard]
+        return TaskBatch(speech.feature_lens, speech.features, **answers)
+    text, clean = checks.text_batch((9, 6, 11))
+    return TaskBatch(text.lens, tokens=clean, **answers)
+
+
+def rows_of(batch: TaskBatch, rows: list[int]) -> TaskBatch:
+    """Some rows, padded no further than they need."""
+    parts = {k: v[rows] for k, v in vars(batch).items() if v is not None}
+    longest = int(parts["lens"].max())
+    for name, width in (("features", longest), ("tokens", longest), ("hidden_frames", longest)):
+        if name in parts:
+            parts[name] = parts[name][:, :width]
+    if "targets" in parts:
+        parts["targets"] = parts["targets"][:, : int(parts["target_lens"].max())]
+    return TaskBatch(**parts)
+
+
+def padded_with_junk(batch: TaskBatch) -> TaskBatch:
+    """The same rows in 13 more frames or tokens and 3 more target tokens; all padding is junk."""
+    changes = {}
+    for name, more, junk in (("features", 13, 1e3), ("tokens", 13, 7), ("targets", 3, 7)):
+        if (x := getattr(batch, name)) is not None:
+            lens = batch.target_lens if name == "targets" else batch.lens
+            wide = torch.full((x.shape[0], x.shape[1] + more, *x.shape[2:]), junk, dtype=x.dtype)
+            wide[:, : x.shape[1]] = x
+            inside = torch.arange(wide.shape[1]) < lens[:, None]
+            changes[name] = wide.where(inside.view(*inside.shape, *[1] * (x.dim() - 2)), junk)
+    return dataclasses.replace(batch, **changes)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_task_model_has_one_finite_loss_that_reaches_every_parameter(name):
+    model, batch = task_model(name), task_batch(name)
+    losses, statistics = model.train()(batch)
+    assert list(losses) == model.loss_names == [HEADS[name][1].kind] and statistics == {}
+    loss = losses[model.loss_names[0]]
+    loss.sum.backward()
+    assert math.isfinite(loss.sum.detach()) and float(loss.sum.detach()) > 0
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("ctc", 9), ("rnnt", 9), ("translation", 12), ("rewriting", 12), ("classifier", 3)],
+)
+def test_counts_known_beforehand_are_those_of_the_loss(name, count):
+    """Target tokens, with the end where it is predicted; examples of a classifier."""
+    model, batch = task_model(name), task_batch(name)
+    (loss,) = model(batch)[0].values()
+    assert (
+        model.counts(batch)
+        == {HEADS[name][1].kind: float(loss.count)}
+        == {HEADS[name][1].kind: count}
+    )
+
+
+def test_ctc_counts_no_row_that_has_fewer_frames_than_it_needs():
+    """11 encoder frames: 2 tokens fit; 15: 9 tokens with 8 repeats do not."""
+    model, batch = task_model("ctc"), task_batch("ctc")
+    targets = torch.nn.functional.pad(batch.targets, (0, 5))
+    targets[2], lens = 7, torch.tensor([4, 2, 9])
+    batch = dataclasses.replace(batch, targets=targets, target_lens=lens)
+    (loss,) = model(batch)[0].values()
+    assert model.counts(batch) == {"ctc": 6.0} and float(loss.count) == 6
+    (without,) = model(rows_of(batch, [0, 1]))[0].values()
+    assert float(loss.sum.detach()) == pytest.approx(float(without.sum.detach()), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_a_rows_loss_and_answer_are_the_same_alone_and_in_a_batch_padded_with_junk(name):
+    model, batch = task_model(name), task_batch(name)
+    (together,) = model(padded_with_junk(batch))[0].values()
+    alone = [next(iter(model(rows_of(batch, [b]))[0].values())) for b in range(3)]
+    assert float(together.sum) == pytest.approx(sum(float(loss.sum) for loss in alone), rel=1e-9)
+    assert len({round(float(loss.sum), 6) for loss in alone}) == 3
+    for width in (1, 3):
+        answers = model.decode(padded_with_junk(batch), width)
+        assert answers == [model.decode(rows_of(batch, [b]), width)[0] for b in range(3)]
+
+
+def test_the_decoder_is_asked_for_every_token_and_then_for_the_end(monkeypatch):
+    asked, label_smoothed = {}, L.label_smoothed
+
+    def listen(logits, targets, weight, smoothing):
+        asked.update(targets=targets.view(3, 5), weight=weight.view(3, 5), smoothing=smoothing)
+        return label_smoothed(logits, targets, weight, smoothing)
+
+    monkeypatch.setattr(L, "label_smoothed", listen)
+    model, batch = task_model("translation"), task_batch("translation")
+    model(batch)
+    for b, n in enumerate((4, 2, 3)):
+        expected = [*batch.targets[b, :n].tolist(), SEP_ID]
+        assert asked["targets"][b, : n + 1].tolist() == expected
+        assert asked["weight"][b].tolist() == [1.0] * (n + 1) + [0.0] * (4 - n)
+    assert asked["smoothing"] == model.head_config.label_smoothing == 0.1
+
+
+@torch.no_grad()
+def test_the_tag_says_which_language_is_written():
+    model, batch = task_model("translation"), task_batch("translation")
+    other = dataclasses.replace(batch, tags=1 - batch.tags)
+    (a,), (b,) = (model(its)[0].values() for its in (batch, other))
+    assert abs(float(a.sum - b.sum)) > 1e-3
+
+
+@torch.no_grad()
+def test_what_spec_augment_hides_is_the_mean():
+    """Hiding is the same as putting the mean of the training speech there by hand."""
+    model, batch = task_model("ctc"), task_batch("ctc")
+    frames, bins = torch.rand(3, 70) < 0.2, torch.rand(3, 80) < 0.2
+    hidden = dataclasses.replace(batch, hidden_frames=frames, hidden_bins=bins)
+    features = batch.features.double()
+    for b in range(3):
+        for f in frames[b].nonzero()[:, 0].tolist():
+            features[b, f] = model.encoder.speech.feature_mean
+        for m in bins[b].nonzero()[:, 0].tolist():
+            features[b, :, m] = model.encoder.speech.feature_mean[m]
+    by_hand = dataclasses.replace(batch, features=features)
+    found, lens = model.states(hidden)
+    expected, _ = model.states(by_hand)
+    assert torch.equal(found, expected) and lens.tolist() == [18, 11, 15]
+    assert checks.apart(found, model.states(batch)[0]) > 1e-2
+    nothing = dataclasses.replace(
+        batch, hidden_frames=torch.zeros_like(frames), hidden_bins=torch.zeros_like(bins)
+    )
+    assert torch.equal(model.states(nothing)[0], model.states(batch)[0])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_task_model_learns_three_rows_by_heart_and_every_search_answers_so(name):
+    model, batch = task_model(name, torch.float32), task_batch(name)
+    searches = ((1, 0.0), (4, 0.0), (4, 0.6))
+    if name == "classifier":  # other labels than it would guess now
+        learned = [[(label + 1) % 3] for (label,) in model.decode(batch)]
+        batch = dataclasses.replace(batch, labels=torch.tensor(learned)[:, 0])
+    else:
+        pairs = zip(batch.targets.tolist(), batch.target_lens.tolist(), strict=True)
+        learned = [row[:n] for row, n in pairs]
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(1, 601):  # mostly fewer: it stops when all is known
+        (loss,) = model.train()(batch)[0].values()
+        optimizer.zero_grad()
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+        model.eval()
+        if step % 20 == 0 and all(model.decode(batch, *s) == learned for s in searches):
+            return
+    raise AssertionError(f"{[model.decode(batch, *s) for s in searches]}, not {learned}")

@@ -160,6 +160,22 @@ def test_a_part_may_have_a_warmup_of_its_own():
     assert seen == pytest.approx(expected)
 
 
+def test_a_part_may_have_a_peak_of_its_own_and_no_warmup_and_is_logged():
+    """Also where --lr is 0: the encoder is frozen and the new head learns."""
+    model, rates = Toy(), {"linear.bias": training.Rate(warmup_steps=0, peak=0.3, name="head")}
+    optimizer, begin, logged = training.make_optimizer(model, 0.0, rates), weights(model), []
+    training.train(
+        model, iter([rows(4, 0)] * 3), options(max_steps=3, lr=0.0, warmup_steps=8, log_every=1),
+        ALONE, 0, optimizer=optimizer, on_log=lambda step, metrics: logged.append(metrics),
+        on_save=lambda *_: None,
+    )  # fmt: skip
+    assert [row["lr"] for row in logged] == [0, 0, 0]
+    expected = [0.3, 0.3 / 2**0.5, 0.3 / 3**0.5]
+    assert [row["lr/head"] for row in logged] == pytest.approx(expected)
+    frozen, moved = (float((p - old).abs().max()) for p, old in zip(weights(model), begin))
+    assert frozen == 0 and moved > 0.1
+
+
 def test_moments_are_taken_from_a_checkpoint_and_rates_from_the_command_line():
     model = Toy()
     old, new = (training.make_optimizer(model, decay) for decay in (0.1, 0.3))
@@ -389,7 +405,8 @@ def two_rank_work(rank: int, folder: str) -> None:
     }
     torch.save(
         {
-            "stopped_by": int(stopped_by), "saved": saved, "weights": weights(model), "error": error,
+            "stopped_by": int(stopped_by), "saved": saved, "weights": weights(model),
+            "error": error,
             "skipped": [metrics["skipped_steps"] for _, metrics in logged], "held_out": held_out,
         },
         f"{folder}/{rank}.pt",

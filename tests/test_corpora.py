@@ -1,0 +1,303 @@
+"""Readers of distributed corpora: files laid out as they are published, and what is wrong there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+
+import corpora
+import data
+from corpora import SpokenToken, TextExample, covost_manifest, read_glue, read_textnorm
+
+# ---------------------------------------------------------------------------------------- GLUE
+
+# Headers as GLUE's archives have them.
+MNLI_COMMON = (
+    "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse "
+    "sentence2_parse sentence1 sentence2"
+).split()
+MNLI_TRAIN = [*MNLI_COMMON, "label1", "gold_label"]
+MNLI_DEV = [*MNLI_COMMON, *(f"label{i}" for i in range(1, 6)), "gold_label"]
+QNLI = ["index", "question", "sentence", "label"]
+QQP = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+
+
+def write_tsv(path: Path, *rows: list[str], end: str = "\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join("\t".join(row) + end for row in rows).encode())
+    return path
+
+
+def mnli_row(i: int, first: str, second: str, *labels: str) -> list[str]:
+    return [str(i), f"{i}n", f"{i}c", "fiction", "( a )", "( b )", "(A)", "(B)", first, second,
+            *labels]  # fmt: skip
+
+
+def test_mnli_has_twelve_columns_to_train_on_sixteen_to_develop_ten_to_test(tmp_path):
+    train = write_tsv(
+        tmp_path / "train.tsv", MNLI_TRAIN, mnli_row(0, "It rained.", "It was wet.", "x", "neutral")
+    )
+    votes = ["entailment"] * 4 + ["neutral"]
+    dev = write_tsv(
+        tmp_path / "dev_matched.tsv",
+        MNLI_DEV,
+        mnli_row(0, "He said \"no\".", "He said 'no'", *votes, "entailment"),
+        mnli_row(1, "a", "b", *votes, "-"),
+        mnli_row(2, "c", "d", *votes, "contradiction"),
+    )  # fmt: skip
+    test = write_tsv(tmp_path / "test_matched.tsv", MNLI_COMMON, mnli_row(0, "a", "b"))
+    assert len(MNLI_TRAIN) == 12 and len(MNLI_DEV) == 16 and len(MNLI_COMMON) == 10
+    assert read_glue("mnli", [train])[0] == [
+        TextExample("0", ("It rained.", "It was wet."), "neutral")
+    ]
+    examples, report = read_glue("mnli", [dev])
+    assert examples == [
+        TextExample("0", ('He said "no".', "He said 'no'"), "entailment"),
+        TextExample("2", ("c", "d"), "contradiction"),
+    ]
+    ((reason, count),) = report.counts().items()
+    assert count == 1 and "label is not one of entailment, neutral, contradiction" in reason
+    assert read_glue("mnli", [test])[0] == [TextExample("0", ("a", "b"), None)]
+
+
+def test_malformed_rows_of_qqp_are_counted_and_left_out(tmp_path):
+    path = write_tsv(
+        tmp_path / "train.tsv",
+        QQP,
+        ["133273", "213221", "213222", 'How is "the life"?', "What's life?", "0"],
+        ["402555", "536040", "536041", "How do I control?"],  # the line was broken here
+        ["", "0"],
+        ["360472", "364011", "490273", "A\u2028B?", "C\x85D?", "1"],  # no line ends in TSV
+        ["1", "2", "3", "too", "many", "1", "cells"],
+    )
+    examples, report = read_glue("qqp", [path])
+    assert examples == [
+        TextExample("133273", ('How is "the life"?', "What's life?"), "0"),
+        TextExample("360472", ("A\u2028B?", "C\x85D?"), "1"),
+    ]
+    assert report.rows == 2 and report.counts() == {"not 6 cells": 3}
+    assert f"{path}:3" in str(report)
+
+
+def test_a_quote_opens_nothing(tmp_path):
+    """A reader of CSV would swallow everything up to the next quote, line ends included."""
+    path = write_tsv(
+        tmp_path / "dev.tsv",
+        QNLI,
+        ["0", '"Who', "is it?", "entailment"],
+        ["1", "And", 'then"', "not_entailment"],
+    )
+    examples, report = read_glue("qnli", [path])
+    assert [example.texts for example in examples] == [('"Who', "is it?"), ("And", 'then"')]
+    assert not report.rejected
+
+
+def test_sst2_keeps_its_trailing_blank_numbers_its_rows_and_may_end_lines_as_windows(tmp_path):
+    lines = [["sentence", "label"], ["hide new secretions from the parental units ", "0"],
+             [" that loves its characters ", "1"]]  # fmt: skip
+    expected = [
+        TextExample("0", ("hide new secretions from the parental units ",), "0"),
+        TextExample("1", (" that loves its characters ",), "1"),
+    ]
+    for end in ("\n", "\r\n"):
+        assert read_glue("sst2", [write_tsv(tmp_path / "train.tsv", *lines, end=end)])[0] == (
+            expected
+        )
+    test = write_tsv(tmp_path / "test.tsv", ["index", "sentence"], ["7", "uneasy mishmash ."])
+    assert read_glue("sst2", [test])[0] == [TextExample("7", ("uneasy mishmash .",), None)]
+
+
+def test_several_files_are_read_one_after_the_other(tmp_path):
+    paths = [
+        write_tsv(tmp_path / f"{n}.tsv", ["sentence", "label"], [f"film {n}", "1"]) for n in "ab"
+    ]
+    assert [e.texts for e in read_glue("sst2", paths)[0]] == [("film a",), ("film b",)]
+
+
+def test_faults_of_glue_files_are_one_line_naming_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.tsv: no such file"):
+        read_glue("sst2", [tmp_path / "absent.tsv"])
+    path = write_tsv(tmp_path / "dev.tsv", ["text", "label"], ["a film", "1"])
+    with pytest.raises(ValueError, match="dev.tsv: no column 'sentence'; the header has"):
+        read_glue("sst2", [path])
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="dev.tsv: no column 'sentence'"):
+        read_glue("sst2", [path])
+    path.write_bytes("sentence\tlabel\nun caf\u00e9\t1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="dev.tsv: not UTF-8"):
+        read_glue("sst2", [path])
+    write_tsv(path, ["sentence", "label"], ["a film", "2"], ["broken"])
+    with pytest.raises(ValueError) as caught:
+        read_glue("sst2", [path])
+    message = str(caught.value)
+    assert "0 usable rows" in message and "label is not one of 0, 1" in message
+    assert "not 2 cells" in message and len(message.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------- text normalisation
+
+GOOGLE = (
+    "PLAIN\tBrillantaisia\t<self>\n"
+    "PLAIN\tis\t<self>\n"
+    "DATE\t2006 \u2013 2011\ttwo thousand six to twenty eleven\n"
+    "PUNCT\t.\tsil\n"
+    "<eos>\t<eos>\n"
+    'PUNCT\t"\tsil\n'
+    "MONEY\t$40\tforty dollars\n"
+    "<eos>\t<eos>\n"
+)
+
+
+def test_sentences_of_googles_files_end_at_eos(tmp_path):
+    (tmp_path / "output-00000-of-00100").write_text(GOOGLE)
+    sentences, report = read_textnorm([tmp_path / "output-00000-of-00100"])
+    assert sentences == [
+        [
+            SpokenToken("PLAIN", "Brillantaisia", "<self>"),
+            SpokenToken("PLAIN", "is", "<self>"),
+            SpokenToken("DATE", "2006 \u2013 2011", "two thousand six to twenty eleven"),
+            SpokenToken("PUNCT", ".", "sil"),
+        ],
+        [SpokenToken("PUNCT", '"', "sil"), SpokenToken("MONEY", "$40", "forty dollars")],
+    ]
+    assert report.rows == 2 and not report.rejected
+
+
+def test_of_a_folder_its_output_files_are_read_in_order(tmp_path):
+    for number in (1, 0, 99):
+        text = f"CARDINAL\t{number}\tnumber {number}\n<eos>\t<eos>\n"
+        (tmp_path / f"output-{number:05d}-of-00100").write_text(text)
+    (tmp_path / "README").write_text("not data\n")
+    sentences, _ = read_textnorm([tmp_path])
+    assert [sentence[0].written for sentence in sentences] == ["0", "1", "99"]
+
+
+def test_faults_of_googles_files_are_counted_or_named(tmp_path):
+    path = tmp_path / "output-00000-of-00001"
+    path.write_text(GOOGLE + "PLAIN\ttwo cells\nPLAIN\ta\t<self>\n")
+    sentences, report = read_textnorm([path])
+    assert len(sentences) == 2
+    assert report.counts() == {"not class, written, spoken": 1, "sentence without <eos>": 1}
+    with pytest.raises(FileNotFoundError, match="absent: no such file"):
+        read_textnorm([tmp_path / "absent"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: 0 usable rows"):
+        read_textnorm([tmp_path / "empty"])
+    path.write_bytes(b"PLAIN\t\xff\t<self>\n<eos>\t<eos>\n")
+    with pytest.raises(ValueError, match="output-00000-of-00001: not UTF-8"):
+        read_textnorm([path])
+
+
+# ---------------------------------------------------------------------------------------- CoVoST 2
+
+VALIDATED = [
+    "client_id", "path", "sentence", "up_votes", "down_votes", "age", "gender", "accent",
+]  # fmt: skip
+
+
+@pytest.fixture
+def common_voice(tmp_path) -> Path:
+    """Five clips as Common Voice 4 has them; the table of translations names six."""
+    root = tmp_path / "cv-corpus-4" / "en"
+    (root / "clips").mkdir(parents=True)
+    rows = []
+    for i in range(5):
+        if i != 3:  # its audio was not downloaded
+            soundfile.write(root / "clips" / f"clip_{i}.wav", [0.1] * (8000 + i), 16_000)
+        text = '"Quoted" he said' if i == 0 else f"Sentence {i}."
+        rows.append([f"voice{i}", f"clip_{i}.wav", text, "2", "0", "", "", ""])
+    write_tsv(root / "validated.tsv", VALIDATED, *rows)
+    return root
+
+
+def translations(root: Path, name: str = "covost_v2.en_de.tsv") -> Path:
+    splits = ["train", "train_covost", "dev", "train", "test", "train"]
+    texts = ['"Zitat", sagte er', "Satz 1.", "Satz 2.", "Satz 3.", "  ", "Satz 5."]
+    rows = [[f"clip_{i}.wav", texts[i], splits[i]] for i in range(6)]
+    return write_tsv(root / name, ["path", "translation", "split"], *rows)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_translations_are_joined_with_the_clips_by_path(common_voice, tmp_path):
+    out = tmp_path / "all.jsonl"
+    report = covost_manifest(common_voice, out, translations(common_voice))
+    first, second, third = rows_of(out)
+    assert first == {
+        "audio_filepath": "cv-corpus-4/en/clips/clip_0.wav",
+        "text": '"Quoted" he said',
+        "translation": '"Zitat", sagte er',
+        "target_lang": "de",
+        "id": "clip_0.wav",
+        "speaker": "voice0",
+        "split": "train",
+        "duration": 0.5,
+    }
+    assert (second["split"], third["translation"]) == ("train_covost", "Satz 2.")
+    assert report.rows == 3 and report.counts() == {
+        "path is not in validated.tsv": 1,
+        "empty sentence or translation": 1,
+        "cannot decode audio": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "splits, ids",
+    [(["train"], "0"), (["train", "train_covost"], "01"), (["dev"], "2"), (None, "012")],
+)
+def test_splits_are_those_of_the_table(common_voice, tmp_path, splits, ids):
+    out = tmp_path / "some.jsonl"
+    covost_manifest(common_voice, out, translations(common_voice), splits)
+    assert [row["id"] for row in rows_of(out)] == [f"clip_{i}.wav" for i in ids]
+
+
+@pytest.mark.parametrize(
+    "name, language",
+    [("covost_v2.en_ca.tsv", "ca"), ("covost_v2.en_zh-CN.tsv", "zh-cn"), ("my.fr_en.tsv", "en")],
+)
+def test_the_language_is_in_the_tables_name(common_voice, tmp_path, name, language):
+    out = tmp_path / "some.jsonl"
+    covost_manifest(common_voice, out, translations(common_voice, name))
+    assert {row["target_lang"] for row in rows_of(out)} == {language}
+
+
+def test_faults_of_covost_are_one_line(common_voice, tmp_path, capsys):
+    def error(tsv: Path, *more: str) -> str:
+        capsys.readouterr()
+        command = ["manifest", "covost", str(common_voice), str(tmp_path / "out.jsonl")]
+        assert data.main([*command, "--translations", str(tsv), *more]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ") and printed.count("\n") == 1
+        return printed
+
+    table = translations(common_voice)
+    nameless = table.rename(table.with_name("translations.tsv"))
+    assert "no target language in its name; expected covost_v2.en_de.tsv" in error(nameless)
+    table = nameless.rename(table)
+    assert "0 usable rows" in error(table, "--splits", "nowhere")
+    assert "absent.en_de.tsv: no such file" in error(tmp_path / "absent.en_de.tsv")
+    write_tsv(table, ["path", "split"], ["clip_0.wav", "train"])
+    assert "no column 'translation'" in error(table)
+    (common_voice / "validated.tsv").unlink()
+    assert "validated.tsv: no such file" in error(table)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------- manifests
+
+
+def test_places_of_all_rows_are_those_of_each(tmp_path):
+    """With blank lines, in two files, and after rows were taken out."""
+    row = '{"audio_filepath": "a.wav", "duration": 1}\n'
+    (tmp_path / "a.jsonl").write_text("\n" + row + "\n\n" + row)
+    (tmp_path / "b.jsonl").write_text(row + row.rstrip())
+    manifest = corpora.Manifest.read([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    places = [
+        f"{tmp_path}/{place}" for place in ("a.jsonl:2", "a.jsonl:5", "b.jsonl:1", "b.jsonl:2")
+    ]
+    assert manifest.places() == places == [manifest.where(i) for i in range(4)]
+    some = manifest.filtered(manifest.file == 1)
+    assert some.places() == places[2:]
