@@ -117,12 +117,12 @@ SIZES: dict[str, SlamConfig] = {
     #                    the paper reach 16
     #   codebook_init    U(0, 1) rows begin with cosines of 0.75: a quarter of the range is left
     #   dropout          random bits cost 18% of a CPU step, and a run of minutes does not overfit
-    # And one that decides whether speech and text are aligned in an hour (the same page, "What TLM
-    # hears"):
-    #   vocab_size       letters and a few pieces: 2 hours of speech say each letter thousands of
-    #                    times, but a word only a few
+    # Its vocabulary is words and parts of words, as the paper's is: text is learned from them in a
+    # quarter of the time that letters take. Speech is not: two hours say each letter thousands of
+    # times but a word only a few, so that whoever wants speech and text aligned on this corpus
+    # gives a tokenizer of letters (EXPERIMENTS.md, "What TLM hears").
     "tiny": SlamConfig(
-        vocab_size=80, speech_layers=3, mm_layers=3, d_model=128, d_ff=512, n_heads=4,
+        vocab_size=512, speech_layers=3, mm_layers=3, d_model=128, d_ff=512, n_heads=4,
         conv_kernel=15, dropout=0.0, n_codes=256, code_dim=128, gumbel_decay=0.995, gumbel_end=0.5,
         codebook_init="normal", target_lr_scale=0.01,
         lr=2e-3, warmup_steps=100, grad_clip=5.0, max_steps=400,

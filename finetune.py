@@ -78,11 +78,13 @@ TINY = dict(
     grad_clip=5.0, lr=2e-3, warmup_steps=1000, decoder_lr=4e-3, decoder_warmup_steps=50,
     dropout=0.0, augment=0.3, batch_s=16.0, batch_tokens=2048,
 )  # fmt: skip
+TINY_GLUE = TINY | dict(max_steps=900, lr=1e-3, warmup_steps=200, decoder_lr=1e-3,
+                        decoder_warmup_steps=200, batch_tokens=1024)  # fmt: skip
 TINY_RECIPES = {
     "asr": TINY | dict(head="ctc", max_steps=2500, target_vocab=64),
     "st": TINY | dict(max_steps=2000, target_vocab=600),
-    **dict.fromkeys(GLUE, TINY | dict(max_steps=300, warmup_steps=100, decoder_lr=2e-3)),
-    "textnorm": TINY | dict(max_steps=500, warmup_steps=200, target_vocab=100),
+    **dict.fromkeys(GLUE, TINY_GLUE),
+    "textnorm": TINY | dict(max_steps=800, lr=1e-3, warmup_steps=200, target_vocab=100),
 }
 
 
