@@ -380,8 +380,9 @@ class FineTuned(NamedTuple):
     task: str
     model: TaskModel
     tokenizers: TaskTokenizers
-    max_audio_s: float
+    longest_s: float  # the longest audio that it was trained on, in seconds
     max_tokens: int
+    where: str  # file and step
 
 
 def load_fine_tuned(path: Path, device: torch.device) -> FineTuned:
@@ -403,15 +404,16 @@ def load_fine_tuned(path: Path, device: torch.device) -> FineTuned:
     model.load_state_dict(checkpoint["model"])
     stored = (checkpoint[name] for name in ("tokenizer", "target_tokenizer"))
     tokenizers = (None if part is None else Tokenizer(bytes(part.tolist())) for part in stored)
-    limits = checkpoint["max_audio_s"], checkpoint["max_tokens"]
-    return FineTuned(task, model.to(device).eval(), TaskTokenizers(*tokenizers), *limits)
+    limits = checkpoint["longest_s"], checkpoint["max_tokens"]
+    where = f"{found}, step {checkpoint['step']}"
+    return FineTuned(task, model.to(device).eval(), TaskTokenizers(*tokenizers), *limits, where)
 
 
 class Search(NamedTuple):
     """How answers are searched for."""
 
     width: int = 1  # 1: greedy
-    length_penalty: float = 0.0  # of attention
+    length_penalty: float = 0.6  # of an attention decoder's beams
     batch_units: int = 16_000  # log-mel frames or tokens decoded at a time, padding counted
 
 
@@ -523,15 +525,19 @@ def label_scores(references: list[str], answers: list[str], positive: str | None
 def normalisation_errors(sentences: list[list[SpokenToken]], answers: list[str]) -> dict[str, Any]:
     """Sentence error rate, token error rate, and of each semiotic class how many are wrong.
 
-    A sentence is right when every token is. If an answer has too few or too many parts, it cannot
-    be known whose they are: all tokens of such a sentence are wrong.
+    A token is right when it sounds right: `<self>` and the word itself are the same answer. A
+    sentence is right when every token is. If an answer has too few or too many parts, it cannot be
+    known whose they are: all tokens of such a sentence are wrong.
     """
     wrong_sentences, wrong, n_tokens = 0, Counter(), Counter()
     for sentence, answer in zip(sentences, answers, strict=True):
         expected, parts = [*map(_said, sentence)], _parts_of(answer)
         errors = [True] * len(expected)
         if len(parts) == len(expected):
-            errors = [said != part for said, part in zip(expected, parts)]
+            errors = [
+                _sound(token.written, said) != _sound(token.written, part)
+                for token, said, part in zip(sentence, expected, parts)
+            ]
         wrong_sentences += any(errors)
         for token, is_wrong in zip(sentence, errors, strict=True):
             n_tokens[token.semiotic_class] += 1
@@ -542,6 +548,11 @@ def normalisation_errors(sentences: list[list[SpokenToken]], answers: list[str])
         "sentences": len(sentences),
         "wrong_by_class": {name: [wrong[name], count] for name, count in sorted(n_tokens.items())},
     }
+
+
+def _sound(written: str, part: str) -> str:
+    """What is heard of a written token where the answer to it is `part`."""
+    return {KEEP: " ".join(written.split()), SILENT: ""}.get(part, part)
 
 
 def _parts_of(answer: str) -> list[str]:
@@ -656,14 +667,15 @@ PAUSE_S = 0.2  # what is searched for: the quietest stretch of this length
 def cut_at_pauses(wave: np.ndarray, max_s: float) -> list[tuple[int, int]]:
     """(first sample, end) of pieces of at most max_s seconds, parted where it is quietest.
 
-    Each piece is at least half as long as it may be, but the last.
+    Each piece is at least half as long as it may be; the last, if there are several, a quarter.
     """
     most = int(max_s * SAMPLE_RATE)
     window = min(int(PAUSE_S * SAMPLE_RATE), most // 4)
     energy = np.concatenate([[0.0], np.cumsum(wave.astype(np.float64) ** 2)])
     pieces, start = [], 0
     while len(wave) - start > most:
-        first, last = start + most // 2, start + most - window
+        first = start + most // 2
+        last = min(start + most, len(wave) - most // 4) - window
         loudness = energy[first + window : last + window] - energy[first:last]
         cut = first + int(loudness.argmin()) + window // 2  # in the middle of the pause
         pieces.append((start, cut))
@@ -674,11 +686,17 @@ def cut_at_pauses(wave: np.ndarray, max_s: float) -> list[tuple[int, int]]:
 def transcribe(tuned: FineTuned, path: Path, search: Search, tag: int = 0) -> str:
     """Recognise or translate a file of any length, cut at pauses and joined again.
 
-    Raises: FileNotFoundError, ValueError when it cannot be read.
+    No piece is longer than what the model was trained on: a translator of sentences says nothing
+    sensible of a paragraph.
+
+    Raises: FileNotFoundError; ValueError when it cannot be read, or is too short.
     """
     wave, device = read_audio(path), next(tuned.model.parameters()).device
+    if data.too_short(len(wave) / SAMPLE_RATE):
+        found = f"{len(wave) / SAMPLE_RATE:.3f} s of audio"
+        raise ValueError(f"{path}: {found}; expected at least two frames of the encoder, 0.1 s")
     said = []
-    for start, end in cut_at_pauses(wave, tuned.max_audio_s):
+    for start, end in cut_at_pauses(wave, tuned.longest_s):
         if data.too_short((end - start) / SAMPLE_RATE):
             continue
         features = log_mel(torch.from_numpy(wave[start:end]))[None]  # (1, F, 80)
@@ -694,7 +712,7 @@ def answer_text(tuned: FineTuned, text: str, search: Search) -> str:
     device = next(tuned.model.parameters()).device
     source = tuned.tokenizers.source
     if tuned.task == "textnorm":
-        written = re.findall(r"[^\s.,;:!?]+(?:[.,:]\d+)*|[.,;:!?]", text)
+        written = written_tokens(text)
         ids = pair_input(written, source)
     else:
         texts, expected = text.split("\t"), len(GLUE[tuned.task].texts)
@@ -710,12 +728,26 @@ def answer_text(tuned: FineTuned, text: str, search: Search) -> str:
     return read_out(written, answer) if tuned.task == "textnorm" else answer
 
 
+def written_tokens(text: str) -> list[str]:
+    """Part a sentence as Google's files do: punctuation is a token of its own where it ends or
+    begins a word, and part of the token inside (`10:30a.m.`, `www.x.org`, `$4.50`)."""
+    tokens = []
+    for word in text.split():
+        core = word.lstrip('([{"“')
+        tokens += word[: len(word) - len(core)]
+        after: list[str] = []
+        # A full stop ends a sentence, unless the word has others in it, as an abbreviation does.
+        while core and (core[-1] in ')]}"”,;:!?' or re.fullmatch(r"[^.]+\.|.*\d\.", core)):
+            core, after = core[:-1], [core[-1], *after]
+        tokens += [core, *after] if core else after
+    return tokens
+
+
 def read_out(written: list[str], answer: str) -> str:
     """The spoken sentence that an answer stands for."""
     parts = _parts_of(answer)
     parts += [KEEP] * (len(written) - len(parts))  # an answer that ends too soon changes no more
-    said = [token if part == KEEP else part for token, part in zip(written, parts)]
-    return " ".join(part for part in said if part != SILENT)
+    return " ".join(filter(None, map(_sound, written, parts)))
 
 
 # ------------------------------------------------------------------------------------- entry point
@@ -765,7 +797,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--target", help="language to translate --audio into (default: the model's first)")
     add("--normaliser", choices=NORMALISERS, default="case", help="of words (default: case)")
     add("--beam", type=int, default=1, help="beam width; 1 is greedy (default: %(default)s)")
-    add("--length-penalty", type=float, default=0.6, help="of beams in translation (%(default)s)")
+    add(
+        "--length-penalty",
+        type=float,
+        default=0.6,
+        help="of an attention decoder's beams (%(default)s)",
+    )
     add("--batch-s", type=float, default=160.0, help="seconds decoded at a time (%(default)s)")
     add("--batch-tokens", type=int, default=8192, help="text tokens at a time (%(default)s)")
     add("--out-dir", type=Path, help="for scores.json and answers (default: the run's folder)")
@@ -774,6 +811,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def parse_set(text: str, normaliser: str) -> tuple[str, str, str]:
     """`ami=ami.jsonl@conversation` -> (name, files, normaliser); without a name, the file's."""
+    if all(path.exists() for path in paths_of(text)):  # `=` and `@` are part of the name
+        return paths_of(text)[0].stem, text, normaliser
     name, files, named_normaliser = re.fullmatch(
         r"(?:([^=/]*)=)?(.*?)(?:@([^@/]*))?", text
     ).groups()
@@ -824,21 +863,24 @@ def score_sets(
         answers = answers_of_set(tuned, name, task_set, args, ranks)
         results[name] = score(tuned.task, task_set, answers, head, normaliser)
         ranks.log(f"{name}: {json.dumps(results[name])}")
+        results[name] |= {"files": files, "rows_hash": task_set.rows.fingerprint}
     return results
 
 
 def write_scores(
-    results: dict[str, dict[str, Any]], args: argparse.Namespace, ranks: Ranks
+    results: dict[str, dict[str, Any]], tuned: FineTuned, args: argparse.Namespace, ranks: Ranks
 ) -> None:
     """Write scores.json; with several sets, also the mean of their scores.
 
     SpeechStew is reported so: one word error rate a set, and the mean of the sets.
     """
-    about: dict[str, Any] = {"task": args.task, "checkpoint": str(args.checkpoint)}
+    about: dict[str, Any] = {"task": args.task, "checkpoint": tuned.where}
     if args.answers:
         about["answers"] = str(args.answers)
     else:
-        about |= {"beam": args.beam, "length_penalty": args.length_penalty}
+        about["beam"] = args.beam
+        if tuned.model.head_config.kind == "attention":
+            about["length_penalty"] = args.length_penalty
     about["sets"] = results
     if len(results) > 1:
         key = TASKS[args.task].score
@@ -885,7 +927,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
         raise ValueError(f"--target {args.target}: {writes}")
     search = Search(args.beam, args.length_penalty)
     if results := score_sets(tuned, args, ranks):
-        write_scores(results, args, ranks)
+        write_scores(results, tuned, args, ranks)
     tag = tags.index(args.target) if args.target else 0
     for path in args.audio:
         ranks.log(f"{path}\t{transcribe(tuned, path, search, tag)}")

@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ TINY_RECIPES = {
     "asr": TINY | dict(head="ctc", max_steps=2500, target_vocab=64),
     "st": TINY | dict(max_steps=2000, target_vocab=600),
     **dict.fromkeys(GLUE, TINY_GLUE),
+    "sst2": TINY_GLUE | dict(max_steps=300),
     "textnorm": TINY | dict(max_steps=800, lr=1e-3, warmup_steps=200, target_vocab=100),
 }
 
@@ -108,7 +109,8 @@ def use_demo(args: argparse.Namespace, ranks: Ranks) -> None:
 def train_target_tokenizer(args: argparse.Namespace, head: HeadConfig) -> Tokenizer | None:
     """A tokenizer of the training targets; it goes into the checkpoint. None for a classifier.
 
-    Transcripts are lower case, which is how they are scored; the others keep their case.
+    Transcripts are lower case, which is how they are scored; the others are exact: what is not kept
+    can never be answered.
     """
     paths, symbols = paths_of(args.train), ()
     if args.task in GLUE:
@@ -120,7 +122,7 @@ def train_target_tokenizer(args: argparse.Namespace, head: HeadConfig) -> Tokeni
     else:
         manifest = Manifest.read(paths, text_required=args.task == "asr")
         lines, _ = evaluate.spoken_references(manifest, head.tags)
-    case = "lower" if args.task == "asr" else "keep"
+    case = "lower" if args.task == "asr" else "exact"
     try:
         return Tokenizer.train(lines, args.target_vocab, case, symbols=symbols)
     except ValueError as error:
@@ -139,12 +141,16 @@ def read_sets(
     if not args.dev:
         return train, None
     limits["max_audio_s"] = math.inf  # as evaluate.py will score it
-    return train, evaluate.read_task_set(args.task, args.dev, tokenizers, head, **limits)
+    dev = evaluate.read_task_set(args.task, args.dev, tokenizers, head, **limits)
+    if not any(dev.references):
+        raise ValueError(f"--dev {args.dev}: has no labels to choose the best weights by")
+    return train, dev
 
 
 def make_plan(train: TaskSet, head: HeadConfig, args: argparse.Namespace) -> data.BatchPlan:
     """The batch plan of the one stream. A transducer's micro-batches are also bounded by memory:
-    a lattice has a score for every frame, every place in the target and every symbol.
+    a lattice has a cell for every frame and every place in the target, and in each cell the joint
+    network's width and a score for every symbol, several times over.
 
     Raises: ValueError where the bound is too low for a single row.
     """
@@ -153,7 +159,8 @@ def make_plan(train: TaskSet, head: HeadConfig, args: argparse.Namespace) -> dat
     how = {"micro_batches": args.micro_batches, "seed": args.seed, "stream": 3}
     if head.kind != "rnnt":
         return data.BatchPlan(rows.lengths, units, **how)
-    gib_a_cell = 2 * 4 * head.vocab_size / 2**30  # fp32 logits and their gradient
+    # fp32: the logits and their gradient; of the joint its sum, tanh and gradient
+    gib_a_cell = 4 * (2 * head.vocab_size + 3 * head.joint_dim) / 2**30
     max_area = int(SUBSAMPLING * args.max_lattice_gib / gib_a_cell)  # log-mel frames x places
     widths = rows.target_lens + 1
     plan = data.BatchPlan(rows.lengths, units, widths=widths, max_area=max_area, **how)
@@ -271,7 +278,7 @@ class Run:
             "config": dataclasses.asdict(self.model.encoder.config),
             "modalities": list(self.model.encoder.modalities),
             "head": json.loads(json.dumps(dataclasses.asdict(self.model.head_config))),
-            "max_audio_s": self.args.max_audio_s,
+            "longest_s": float(self.train.rows.lengths.max()) / FRAMES_PER_S,
             "max_tokens": self.args.max_tokens,
             "args": {"micro_batches": self.args.micro_batches, "size": self.args.size},
         }
@@ -308,9 +315,13 @@ class Run:
         patience = self.args.patience
         return self._tell(bool(patience and self.best and self.best.since_best() >= patience))
 
-    def is_scored(self, step: int) -> bool:
-        """Whether the held-out score of this step is known; all ranks learn it from rank 0."""
-        return self._tell(bool(self.best and self.best.scores and self.best.scores[-1][0] == step))
+    def owes_score(self) -> bool:
+        """Whether the run was killed after it saved its weights and before it scored them."""
+        step, every = self.start_step, self.args.eval_every
+        if not self.dev or not step or (step < self.args.max_steps and (not every or step % every)):
+            return False
+        scores = self.best.scores if self.best else []
+        return not self._tell(bool(scores and scores[-1][0] == step))
 
     def _tell(self, answer: bool) -> bool:
         return bool(self.ranks.sum(torch.tensor(float(answer), device=self.ranks.device)))
@@ -390,7 +401,11 @@ def head_of(args: argparse.Namespace) -> HeadConfig:
 
 
 def find_tokenizers(
-    args: argparse.Namespace, head: HeadConfig, checkpoint: dict[str, Any] | None, resumed: bool
+    args: argparse.Namespace,
+    head: HeadConfig,
+    checkpoint: dict[str, Any] | None,
+    resumed: bool,
+    log: Callable[[str], None],
 ) -> TaskTokenizers:
     """The encoder's tokenizer is the checkpoint's or --tokenizer; the target's is trained once.
 
@@ -408,6 +423,9 @@ def find_tokenizers(
             "leave the flag out"
         )
     source = kept or given or None
+    if args.task == "textnorm" and source and source.text_case == "lower":
+        log("the encoder's tokenizer is lower case: `US` and `us` read alike (data.py tokenizer "
+            "--text-case keep makes another)")  # fmt: skip
     if source is None and TASKS[args.task].modality == "text":
         raise ValueError(f"--tokenizer is missing: {args.task} reads text")
     target = stored("target_tokenizer") if resumed else train_target_tokenizer(args, head)
@@ -483,7 +501,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         use_demo(args, ranks)
     if not args.train:
         raise ValueError("--train is missing: give it beside --dev, or neither for the demo")
-    tokenizers = find_tokenizers(args, head, resumed or initial, bool(resumed))
+    tokenizers = find_tokenizers(args, head, resumed or initial, bool(resumed), ranks.log)
     vocab_size = tokenizers.target.vocab_size if tokenizers.target else 0
     head = dataclasses.replace(head, vocab_size=vocab_size)
     train, dev = read_sets(args, tokenizers, head)
@@ -501,7 +519,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         return None
     rate = Rate(warmup_steps=args.decoder_warmup_steps, peak=args.decoder_lr, name="head")
     optimizer = training.make_optimizer(model, args.weight_decay, {"head": rate})
-    identity = identity_of(args, model, train)
+    identity = identity_of(args, model, train, dev)
     run = Run(args, ranks, model, optimizer, train, dev, plan, tokenizers, identity)
     if resumed:
         run.resume(resumed, path)
@@ -514,7 +532,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
 
 
 def identity_of(
-    args: argparse.Namespace, model: TaskModel, train: TaskSet
+    args: argparse.Namespace, model: TaskModel, train: TaskSet, dev: TaskSet | None
 ) -> dict[str, dict[str, Any]]:
     """What a run is: as in pretrain.py."""
     head = dataclasses.asdict(model.head_config)
@@ -527,7 +545,10 @@ def identity_of(
         "--batch-s, --batch-tokens": [args.batch_s, args.batch_tokens],
         "--max-audio-s, --max-tokens": [args.max_audio_s, args.max_tokens],
         "--max-lattice-gib": args.max_lattice_gib,
+        "--target-vocab": args.target_vocab,
+        "--normaliser": args.normaliser,
         "the data (rows and hash)": [len(train.rows.lengths), train.rows.fingerprint],
+        "the held-out data (hash)": dev and dev.rows.fingerprint,
     }
     may_change = {
         f"--{name.replace('_', '-')}": getattr(args, name)
@@ -562,6 +583,7 @@ def finish(run: Run) -> None:
         return
     run.model.load_state_dict(average_weights(paths))
     contents |= {"model": run.model.state_dict(), "averaged": [path.name for path in paths]}
+    contents["step"] = int(paths[-1].stem.split("_")[-1])
     if run.dev:
         scores, answers = run.dev_scores()
         contents["dev"], figure = scores[key], f"held-out {key} {scores[key]:.4f}, "
@@ -590,7 +612,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=512, help="longer texts are left out (%(default)s)")
     add("--batch-s", type=float, help="seconds of audio a step, all ranks")
     add("--batch-tokens", type=int, help="text tokens a step, all ranks")
-    add("--max-lattice-gib", type=float, default=4.0, help="of a transducer (%(default)s)")
+    add(
+        "--max-lattice-gib",
+        type=float,
+        default=4.0,
+        help="memory of a transducer's lattices and their gradients, a micro-batch (%(default)s)",
+    )
     add = parser.add_argument_group("model and optimisation").add_argument
     add("--size", choices=SIZES, help="the recipe's, and the model's with --init none")
     add("--head", choices=("rnnt", "ctc"), help="of asr (default: rnnt, at size tiny ctc)")
@@ -621,18 +648,19 @@ def main(argv: list[str] | None = None) -> None:
         run = prepare(args, ranks)
         if run is None:
             return 0
-        if run.start_step >= args.max_steps or run.is_enough():
+        is_done, owes_score = run.start_step >= args.max_steps or run.is_enough(), run.owes_score()
+        if is_done:
             advice = "raise --max-steps or --patience, or choose another --out-dir"
             ranks.log(f"{args.out_dir}: this run has made its {run.start_step} steps; {advice}")
-            if run.dev and not run.is_scored(run.start_step):  # the last time, it was killed here
-                ranks.log(run.held_out(run.start_step).table)
-        elif stopped_by := training.follow(
-            run.model, TaskData(run.train.rows, run.plan), args, ranks, run.start_step,
-            optimizer=run.optimizer, save=run.save,
-            evaluate=run.held_out if run.dev else None,
-            about={"config": dataclasses.asdict(run.model.encoder.config)},
-        ):  # fmt: skip
-            return stopped_by
+        if owes_score or not is_done:
+            stopped_by = training.follow(
+                run.model, TaskData(run.train.rows, run.plan), args, ranks, run.start_step,
+                optimizer=run.optimizer, save=run.save,
+                evaluate=run.held_out if run.dev else None, evaluate_first=owes_score,
+                about={"config": dataclasses.asdict(run.model.encoder.config)},
+            )  # fmt: skip
+            if stopped_by:
+                return stopped_by
         finish(run)
         return 0
 

@@ -255,6 +255,7 @@ def label_smoothed(logits: Tensor, targets: Tensor, weight: Tensor, smoothing: f
         return Loss((rows * weight).sum(), weight.sum(), correct.sum())
 
 
+@torch.compiler.disable  # its loop over diagonals would be unrolled, once for every shape
 def rnnt(
     logits: Tensor,
     logit_lens: Tensor,

@@ -129,8 +129,9 @@ class Transducer(nn.Module):
                 writing = token != BLANK_ID
                 if not writing.any():
                     break
-                for b in writing.nonzero()[:, 0].tolist():
-                    written[b].append(int(token[b]))
+                for row, one in zip(written, token.tolist()):
+                    if one != BLANK_ID:
+                        row.append(one)
                 text, memory = self._write_on(text, memory, token)
         return written
 
@@ -145,7 +146,7 @@ class Transducer(nn.Module):
         frame is complete; it keeps its score and its place until better ones push it out.
 
         Args:    states (B, T, D); lens (B,) int64; width W; u_max tokens that a hypothesis may
-                 have, None for as many as the row has frames. So each ends after at most T + u_max.
+                 have, None for 16 and three a frame. So each ends after at most T + u_max steps.
         Returns: for each row its complete hypotheses, at most W, the best first; of equal scores
                  the shorter first.
         Source:  Saon et al. 2020 (ALSD). There complete hypotheses leave the beam; here they
@@ -154,7 +155,8 @@ class Transducer(nn.Module):
         speech = self.hear(states)  # (B, T, J)
         B, T, J = speech.shape
         row = torch.arange(B, device=lens.device)[:, None]  # (B, 1)
-        limit = lens[:, None] if u_max is None else torch.full_like(lens, u_max)[:, None]
+        limit = 16 + 3 * lens if u_max is None else torch.full_like(lens, u_max)
+        limit = limit[:, None]
         text, memory = self._begin(B * width, states.device)
         prefixes: list[list[tuple[int, ...]]] = [[()] * width for _ in range(B)]
         n_tokens = torch.zeros(B, width, dtype=torch.int64, device=lens.device)

@@ -726,12 +726,14 @@ def follow(
     about: dict[str, Any],
     save: Callable[[int], None],
     evaluate: Callable[[int], Evaluation] | None,
+    evaluate_first: bool = False,
 ) -> int:
     """Train, and log, evaluate and save on the way: all that a run leaves in its folder.
 
     Args:    dataset       item (step, k) is micro-batch k of optimiser step `step`.
              about         goes into config.json, beside the command line.
              save(step)    writes a checkpoint; evaluate(step) is called on all ranks.
+             evaluate_first  evaluate start_step before going on: the run was killed there.
     Returns: 0, or the number of the signal that stopped it.
     """
     log = None
@@ -762,6 +764,8 @@ def follow(
             ranks.log(f"held out, step {step}\n{found.table}")
         return found.enough
 
+    if evaluate_first:
+        on_eval(start_step)
     own = range(ranks.rank, args.micro_batches, ranks.world_size)
     order = ((step, k) for step in range(start_step, args.max_steps) for k in own)
     loader = DataLoader(
@@ -829,7 +833,9 @@ def find_start(
     path = resumed or args.init
     if path is None:
         return None, None, None
-    path, makers = find_checkpoint(path), (entry_point,) if resumed else init_from
+    best = path / "ckpt" / "best.pt"  # of fine-tuning: its last weights may be worse
+    path = best if not resumed and best.exists() else find_checkpoint(path)
+    makers = (entry_point,) if resumed else init_from
     checkpoint = load_checkpoint(path)
     made_by = checkpoint.get("entry_point") if isinstance(checkpoint, dict) else None
     if made_by not in makers:

@@ -179,6 +179,10 @@ def test_faults_of_googles_files_are_counted_or_named(tmp_path):
     sentences, report = read_textnorm([path])
     assert len(sentences) == 2
     assert report.counts() == {"not class, written, spoken": 1, "sentence without <eos>": 1}
+    # A sentence with a gap is none.
+    path.write_text("PLAIN\ta\t<self>\nDATE\t2012\t\n<eos>\t<eos>\n" + GOOGLE)
+    sentences, report = read_textnorm([path])
+    assert len(sentences) == 2 and report.counts() == {"not class, written, spoken": 1}
     with pytest.raises(FileNotFoundError, match="absent: no such file"):
         read_textnorm([tmp_path / "absent"])
     (tmp_path / "empty").mkdir()
@@ -213,7 +217,7 @@ def common_voice(tmp_path) -> Path:
 
 def translations(root: Path, name: str = "covost_v2.en_de.tsv") -> Path:
     splits = ["train", "train_covost", "dev", "train", "test", "train"]
-    texts = ['"Zitat", sagte er', "Satz 1.", "Satz 2.", "Satz 3.", "  ", "Satz 5."]
+    texts = ['"Zitat", sagte er', r"Satz \"1\".", "Satz 2.", "Satz 3.", "  ", "Satz 5."]
     rows = [[f"clip_{i}.wav", texts[i], splits[i]] for i in range(6)]
     return write_tsv(root / name, ["path", "translation", "split"], *rows)
 
@@ -225,7 +229,7 @@ def rows_of(path: Path) -> list[dict]:
 def test_translations_are_joined_with_the_clips_by_path(common_voice, tmp_path):
     out = tmp_path / "all.jsonl"
     report = covost_manifest(common_voice, out, translations(common_voice))
-    first, second, third = rows_of(out)
+    first, second, _ = rows_of(out)
     assert first == {
         "audio_filepath": "cv-corpus-4/en/clips/clip_0.wav",
         "text": '"Quoted" he said',
@@ -236,7 +240,7 @@ def test_translations_are_joined_with_the_clips_by_path(common_voice, tmp_path):
         "split": "train",
         "duration": 0.5,
     }
-    assert (second["split"], third["translation"]) == ("train_covost", "Satz 2.")
+    assert (second["split"], second["translation"]) == ("train_covost", 'Satz "1".')
     assert report.rows == 3 and report.counts() == {
         "path is not in validated.tsv": 1,
         "empty sentence or translation": 1,

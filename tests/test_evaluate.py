@@ -264,7 +264,8 @@ def test_a_sentence_is_one_string_and_every_token_has_its_part():
         (RIGHT, {}),
         ("<self> | <self>|forty  dollars |<sil>", {}),
         ("<self>|<self>|four dollars|<sil>", {"MONEY": 1}),
-        ("<self>|costs|forty dollars|<self>", {"PLAIN": 1, "PUNCT": 1}),
+        ("<self>|costs|forty dollars|<self>", {"PUNCT": 1}),  # `costs` sounds like itself
+        ("Breakfast|cost|forty dollars|<sil>", {"PLAIN": 1}),
         ("<self>|<self>|forty dollars", {"PLAIN": 2, "MONEY": 1, "PUNCT": 1}),  # a part is missing
         (RIGHT + "|<sil>", {"PLAIN": 2, "MONEY": 1, "PUNCT": 1}),
         ("", {"PLAIN": 2, "MONEY": 1, "PUNCT": 1}),
@@ -776,7 +777,7 @@ def test_translations_have_a_bleu_and_a_signature_for_each_language(runs, paths,
 
 def test_audio_of_any_length_is_cut_at_pauses_and_joined_again(runs, tmp_path):
     """Eight words with pauses between them, and a model that hears 0.9 s at a time."""
-    tuned = evaluate.load_fine_tuned(runs("asr"), ALONE.device)._replace(max_audio_s=0.9)
+    tuned = evaluate.load_fine_tuned(runs("asr"), ALONE.device)._replace(longest_s=0.9)
     rng, said = np.random.default_rng(1), "cat dog ship house red old cat ship".split()
     silence = 0.003 * rng.standard_normal(3200).astype(np.float32)
     pairs = [spoken(said[i : i + 2], rng) for i in range(0, 8, 2)]
@@ -794,6 +795,48 @@ def test_audio_of_any_length_is_cut_at_pauses_and_joined_again(runs, tmp_path):
         one_by_one.append(evaluate.transcribe(tuned, tmp_path / "part.flac", evaluate.Search()))
     assert found == " ".join(one_by_one) and all(one_by_one)
     assert jiwer.process_words(" ".join(said), found).hits >= 4, found
+
+
+def test_a_long_file_is_heard_as_well_as_its_clips(runs, paths, tmp_path):
+    """It is cut as short as what the model was trained on, though --max-audio-s is 30 s."""
+    tuned, rng = evaluate.load_fine_tuned(runs("asr"), ALONE.device), np.random.default_rng(3)
+    rows = Manifest.read([paths["asr"]])
+    assert tuned.longest_s == pytest.approx(rows.durations.max(), abs=0.03)
+    clips = [rng.choice(WORDS, 4).tolist() for _ in range(8)]
+    waves = [spoken(clip, rng) for clip in clips]
+    silence = 0.003 * rng.standard_normal(8000).astype(np.float32)
+    soundfile.write(tmp_path / "all.wav", np.concatenate([p for w in waves for p in (w, silence)]),
+                    16_000)  # fmt: skip
+    together = evaluate.transcribe(tuned, tmp_path / "all.wav", evaluate.Search())
+    alone = []
+    for wave in waves:
+        soundfile.write(tmp_path / "one.wav", wave, 16_000)
+        alone.append(evaluate.transcribe(tuned, tmp_path / "one.wav", evaluate.Search()))
+    said = " ".join(word for clip in clips for word in clip)
+    wers = [evaluate.word_errors([said], [text], "case")["wer"]
+            for text in (together, " ".join(alone))]  # fmt: skip
+    assert wers[0] <= wers[1] + 0.1, wers
+
+
+def test_audio_that_is_too_short_is_an_error(runs, tmp_path, capsys):
+    soundfile.write(tmp_path / "short.wav", np.zeros(400, np.float32), 16_000)
+    arguments = ["--checkpoint", runs("asr"), "--audio", tmp_path / "short.wav"]
+    printed = error_of(evaluate.main, capsys, arguments)
+    assert "short.wav: 0.025 s of audio; expected at least" in printed
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("The train, at 10:30a.m., is late.", "The train , at 10:30a.m. , is late ."),
+        ("See www.x.org (or e.g. that)!", "See www.x.org ( or e.g. that ) !"),
+        ("It costs $4.50 in 2012.", "It costs $4.50 in 2012 ."),
+        ('He said: "yes".', 'He said : " yes " .'),
+        ("", ""),
+    ],
+)
+def test_a_sentence_is_parted_as_googles_files_are(text, expected):
+    assert evaluate.written_tokens(text) == expected.split()
 
 
 def test_audio_is_printed_with_its_name_and_the_target_is_chosen(runs, paths):

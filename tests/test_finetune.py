@@ -149,7 +149,7 @@ def test_without_held_out_data_it_trains_too_and_the_last_weights_are_used(paths
 
 
 def test_the_target_tokenizer_is_of_the_targets_and_their_case(paths, tmp_path):
-    for task, text_case, text in (("asr", "lower", "red cat"), ("st", "keep", "Katze rot")):
+    for task, text_case, text in (("asr", "lower", "red cat"), ("st", "exact", "Katze rot")):
         tune(paths, task, tmp_path / task, "--max-steps 1")
         stored = checkpoint(tmp_path / task)["target_tokenizer"]
         tokenizer = corpora.Tokenizer(bytes(stored.tolist()))
@@ -188,7 +188,7 @@ def test_init_takes_every_tensor_of_the_encoder_and_none_is_random(
                    "--init", tmp_path / "a")  # fmt: skip
     tune(paths, task, tmp_path / "c", STILL, "--init", tmp_path / "b", "--seed 5")
     assert_same_tensors(
-        encoder_of(checkpoint(tmp_path / "c")), encoder_of(checkpoint(tmp_path / "b"))
+        encoder_of(checkpoint(tmp_path / "c")), encoder_of(checkpoint(tmp_path / "b", "best.pt"))
     )
     heads = [checkpoint(tmp_path / n)["model"] for n in "bc"]
     name = next(name for name in heads[0] if name.startswith("head.") and "weight" in name)
@@ -350,6 +350,40 @@ def test_a_run_that_was_killed_in_its_last_evaluation_is_evaluated_when_it_comes
     assert checkpoint(tmp_path, "best.pt")["dev"] == dev_metrics_of(whole)[-1]["dev/wer"]
 
 
+def test_a_run_that_was_killed_in_an_evaluation_makes_it_when_it_comes_back(
+    paths, whole, tmp_path, monkeypatch
+):
+    """Its weights were saved before: without it, best.pt would be chosen among fewer."""
+    decode, calls = evaluate.answer_all, []
+
+    def pull_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Pulled
+        return decode(*arguments)
+
+    more = "--save-every 3"  # as --eval-every
+    with monkeypatch.context() as patch, pytest.raises(Pulled):
+        patch.setattr(evaluate, "answer_all", pull_at_the_second)
+        tune(paths, "asr", tmp_path, WHOLE, more)
+    tune(paths, "asr", tmp_path, WHOLE, more)
+    assert dev_metrics_of(tmp_path) == dev_metrics_of(whole)
+    assert_same_tensors(
+        checkpoint(tmp_path, "best.pt")["model"], checkpoint(whole, "best.pt")["model"]
+    )
+
+
+def test_weights_are_not_chosen_by_a_file_without_labels(paths, tmp_path, capsys):
+    header, *rows = paths["sst2_dev"].read_text().splitlines()
+    unlabelled = tmp_path / "test.tsv"
+    unlabelled.write_text(
+        "index\tsentence\n"
+        + "".join(f"{i}\t{row.split(chr(9))[0]}\n" for i, row in enumerate(rows))
+    )
+    printed = error(paths, capsys, "sst2", tmp_path / "run", "--dev", unlabelled)
+    assert "has no labels to choose the best weights by" in printed
+
+
 MICRO_MAIN = """
 import dataclasses, os, sys
 open(__file__ + "." + os.environ.get("RANK", "0") + ".pid", "w").write(str(os.getpid()))
@@ -443,7 +477,7 @@ def test_what_heals_a_sick_run_may_change_on_resume_and_is_said(
 
 
 REFUSED = {"--augment": 0.5, "--seed": 1, "--batch-s": 7, "--head": "rnnt", "--micro-batches": 2,
-           "--max-audio-s": 9, "--dropout": 0.2}  # fmt: skip
+           "--max-audio-s": 9, "--dropout": 0.2, "--normaliser": "words"}  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", REFUSED)
@@ -644,7 +678,11 @@ def test_patience_ends_a_run_that_grows_no_better_and_it_stays_ended(paths, tmp_
 
 
 def test_a_transducers_micro_batches_are_bounded_by_their_lattices(paths, tmp_path, capsys):
-    """Rows x encoder frames x (tokens + 1) x vocabulary x 8 bytes."""
+    """Cells x 4 bytes x twice the vocabulary and three times the joint network's width."""
+
+    def bytes_of_a_cell(run: finetune.Run) -> int:
+        head = run.model.head_config
+        return 4 * (2 * head.vocab_size + 3 * head.joint_dim)
 
     def largest(gib: float | None) -> tuple[float, finetune.Run]:
         bound = ["--max-lattice-gib", gib] if gib else []
@@ -655,14 +693,14 @@ def test_a_transducers_micro_batches_are_bounded_by_their_lattices(paths, tmp_pa
             batch = rows[step, 0]
             frames = conformer.subsampled_lens(batch.features.shape[1])
             cells = len(batch.lens) * frames * (batch.targets.shape[1] + 1)
-            sizes.append(cells * run.model.head_config.vocab_size * 8 / 2**30)
+            sizes.append(cells * bytes_of_a_cell(run) / 2**30)
         return max(sizes), run
 
     free, run = largest(None)
     one_row = max(
         (length / 4) * (width + 1) for length, width in
         run.plan.bucket_max(run.train.rows.target_lens).items()
-    ) * run.model.head_config.vocab_size * 8 / 2**30  # fmt: skip
+    ) * bytes_of_a_cell(run) / 2**30  # fmt: skip
     bound = 2.5 * one_row
     assert bound < free
     bounded, run = largest(bound)

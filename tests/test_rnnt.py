@@ -353,7 +353,7 @@ def test_a_transducer_that_never_stops_is_stopped():
         model.out.bias[BLANK_ID] -= 1e3
     states, lens = torch.randn(2, 5, 4).double(), torch.tensor([5, 2])
     assert [len(ids) for ids in model.greedy(states, lens, max_symbols=3)] == [15, 6]
-    for u_max, longest in ((None, [5, 2]), (3, [3, 3]), (0, [0, 0])):
+    for u_max, longest in ((None, [16 + 15, 16 + 6]), (3, [3, 3]), (0, [0, 0])):
         beam = model.beam(states, lens, 2, u_max=u_max)
         assert [max(len(h.tokens) for h in row) for row in beam] == longest
 
