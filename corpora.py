@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,7 @@ REQUIRED_CHARACTERS = "0123456789.,;:!?'\"-$%&/()"
 MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
 MAX_S = 1e8  # three years: a duration or offset beyond is a mistake
 NO_CHARACTER = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, files and tokenizers cannot
+MISSING_S = 0.1  # audio may be so much shorter than its row says: rounding, and an MP3's last frame
 SEEK_LEAD = 9216  # samples decoded ahead of the wanted ones: an MP3 frame needs the ones before it
 
 
@@ -194,16 +196,37 @@ class Manifest:
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
 
+class AudioError(ValueError):
+    """Audio that cannot be used. The message is one line that names the file.
+
+    Attributes: reason  the same of all files with the same fault, for counting;
+                where   `file:line` of the manifest's row, once it is known.
+    """
+
+    def __init__(self, message: str, reason: str = "cannot be read", where: str = "") -> None:
+        super().__init__(f"{where}: {message}" if where else message)
+        self.message, self.reason, self.where = message, reason, where
+
+
+def one_line(name: object) -> str:
+    """A file's name with escapes in place of what is no printable character: a line end, say."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
 def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Part of an audio file as mono at 16 kHz: channels averaged, other rates resampled (soxr HQ).
 
     Args:    offset, duration  seconds; None reads to the end, and no file is read beyond its end.
     Returns: (N,) float32 in [-1, 1].
-    Raises:  FileNotFoundError; ValueError naming the file where it cannot be decoded, has nothing
-             from offset on, or holds NaN.
+    Raises:  AudioError where there is no such file, where it cannot be decoded, has nothing from
+             offset on, or holds NaN.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such audio file")
+
+    def fault(reason: str, detail: str = "") -> AudioError:
+        return AudioError(f"{one_line(path)}: {reason}{detail}", reason)
+
+    if not os.path.isfile(path):
+        raise fault("a link to nothing" if os.path.islink(path) else "no such audio file")
     try:
         with soundfile.SoundFile(path) as audio:
             rate, start = audio.samplerate, round(offset * audio.samplerate)
@@ -212,12 +235,13 @@ def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = N
             audio.seek(min(start - lead, audio.frames))
             samples = audio.read(wanted if wanted < 0 else lead + wanted, "float32", always_2d=True)
     except (RuntimeError, OSError, TypeError) as error:
-        raise ValueError(f"{path}: cannot decode audio ({str(error).splitlines()[0]})") from error
+        found = one_line(getattr(error, "error_string", error)) or type(error).__name__
+        raise fault("cannot decode audio", f" ({found})") from error
     samples = samples[lead:, 0] if samples.shape[1] == 1 else samples[lead:].mean(axis=1)  # (N,)
     if not len(samples):
-        raise ValueError(f"{path}: no audio from {offset:g} s on")
+        raise fault("no audio", f" from {offset:g} s on")
     if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples")
+        raise fault("holds NaN or infinite samples")
     if rate != SAMPLE_RATE:
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
     return samples
@@ -640,10 +664,11 @@ def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False
 def _audio_fault(path: Path, row: dict) -> tuple[str, str] | None:
     try:
         seconds = len(read_audio(path, row.get("offset", 0.0), row["duration"])) / SAMPLE_RATE
-    except (ValueError, FileNotFoundError) as error:
-        return "audio cannot be read", str(error)
-    if seconds < row["duration"] - 0.1:
-        return "audio ends before its row does", f"{path}: {seconds:.2f} s of {row['duration']:g} s"
+    except AudioError as error:
+        return f"audio cannot be read: {error.reason}", str(error)
+    if seconds < row["duration"] - MISSING_S:
+        found = f"{one_line(path)}: {seconds:.2f} s of {row['duration']:g} s"
+        return "audio ends before its row does", found
     return None
 
 

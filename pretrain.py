@@ -736,6 +736,7 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
             setattr(args, name, getattr(size, name))
     training.check_numbers(args, from_1=FLAGS_FROM_1, from_0=FLAGS_FROM_0, above_0=FLAGS_ABOVE_0)
     training.check_numbers(args, share=("tlm_speech_mask", "tlm_text_mask"))
+    training.check_numbers(args, part=("max_bad_share",))
     modalities = tuple(args.modalities.split(","))
     both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
     align = args.align or ("tlm,stm" if both else "none")
