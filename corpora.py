@@ -1,26 +1,30 @@
-"""Files on disk: manifests, audio, tokenizers, text, tasks, and importers of distributed corpora.
+"""Files on disk: manifests, audio, tokenizers, text, tasks.
 
 A manifest is JSON lines in the NeMo convention (`audio_filepath`, `offset`, `duration`, `text`,
 further fields kept). Text is plain lines, a blank one between documents, tokenised once into a
-memory-mapped file. What batches are made of all this is data.py's business.
+memory-mapped file. How distributed corpora become manifests is in importers.py; what batches are
+made of all this is data.py's business.
 
-Public:  Manifest, read_audio, Tokenizer, TextCorpus, librispeech_manifest, covost_manifest,
-         directory_manifest, check_manifest, Report; GLUE, read_glue, read_textnorm, TextExample,
+Public:  Manifest, read_audio, AudioError, Tokenizer, TextCorpus, read_lines, read_text, write_text,
+         read_table, check_manifest, Report; GLUE, read_glue, read_textnorm, TextExample,
          SpokenToken.
 Letters: N wave samples, V vocabulary, n rows.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -43,7 +47,8 @@ from conformer import (
 )
 from training import write_atomically
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".sph")
+JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Every tokenizer has these, even if its text spells numbers out: text normalisation reads them.
 REQUIRED_CHARACTERS = "0123456789.,;:!?'\"-$%&/()"
 MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
@@ -335,14 +340,73 @@ class Tokenizer:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, stripped. Raises ValueError naming the file where it is not UTF-8."""
+    """Lines of a UTF-8 file, plain or gzipped, stripped, one at a time.
+
+    Raises: FileNotFoundError; ValueError naming the file where it is not UTF-8, or broken gzip.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"text {path}: no such file")
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig") as lines:
             yield from map(str.strip, lines)
     except UnicodeDecodeError as error:
         raise ValueError(f"text {path}: not UTF-8 ({error.reason})") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"text {path}: broken gzip, or cut short ({error})") from error
+
+
+def read_text(path: Path, field: str | None, report: Report) -> Iterator[str]:
+    """Lines of text, stripped, a blank one between documents: of plain text or of JSON lines.
+
+    A JSON line is a document. Lines that hold no text are counted in the report and left out.
+
+    Args:   field  the key of a JSON line's text; None: files named .json or .jsonl have it in
+                   "text", and others are plain.
+    Raises: as read_lines.
+    """
+    if field is None and not path.name.lower().endswith(JSON_SUFFIXES):
+        yield from read_lines(path)
+        return
+    field = field or "text"
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            text = json.loads(line)[field] if line else ""
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            text = error
+        if not isinstance(text, str) or NO_CHARACTER.search(text):
+            report.reject(f'not a JSON object with text in "{field}"', f"{path}:{number}")
+            continue
+        yield from filter(None, map(str.strip, text.splitlines()))
+        yield ""
+
+
+def write_text(paths: Iterable[Path], out: Path, field: str | None, report: Report) -> int:
+    """Join text files into one of plain lines, one blank line between documents, none elsewhere.
+
+    Args:    field, report  as of read_text; the report's rows are the lines written.
+    Returns: the number of documents.
+    Raises:  as read_lines; ValueError where there is no text.
+    """
+    n_documents = 0
+
+    def write(sink: io.BufferedWriter) -> None:
+        nonlocal n_documents
+        for path in paths:
+            begins = True  # so does each file
+            for line in read_text(path, field, report):
+                if line:
+                    gap = "\n" if begins and n_documents else ""
+                    n_documents, begins = n_documents + begins, False
+                    sink.write(f"{gap}{line}\n".encode())
+                    report.rows += 1
+                else:
+                    begins = True
+        report.demand_rows(f"text {out}")
+
+    write_atomically(out, write)
+    return n_documents
 
 
 def _tokenise(source: Path, tokenizer: Tokenizer, tokens_path: Path, dtype: type) -> None:
@@ -429,7 +493,7 @@ class TextCorpus:
         return sum(np.load(path.with_suffix(".npz"))["counts"] for path in self.paths)
 
 
-# --------------------------------------------------------------------------------- making manifests
+# ------------------------------------------------------------------------------- reports and tables
 
 
 @dataclass
@@ -439,16 +503,20 @@ class Report:
     rows: int = 0
     seconds: float = 0.0
     speakers: set[str] = field(default_factory=set)
+    of_split: Counter[str] = field(default_factory=Counter)  # rows
     rejected: dict[str, tuple[int, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what else there is to know
 
     def accept(self, row: dict) -> None:
         self.rows += 1
         self.seconds += row["duration"]
         if "speaker" in row:
             self.speakers.add(str(row["speaker"]))
+        if "split" in row:
+            self.of_split[str(row["split"])] += 1
 
     def reject(self, reason: str, example: str) -> None:
-        count, first = self.rejected.get(reason, (0, example))
+        count, first = self.rejected.get(reason, (0, one_line(example)))
         self.rejected[reason] = (count + 1, first)
 
     def counts(self) -> dict[str, int]:
@@ -460,144 +528,28 @@ class Report:
         if self.seconds:
             lines[0] += f", {self.seconds / 3600:.2f} hours"
             lines[0] += f", {len(self.speakers) or 'unknown'} speakers"
-        for reason, (count, first) in self.rejected.items():
-            lines.append(f"rejected {count}: {reason} (first: {first})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.left_out(), *self.notes])
+
+    def left_out(self) -> list[str]:
+        """A line for each reason."""
+        return [
+            f"rejected {count}: {reason} (first: {first})"
+            for reason, (count, first) in self.rejected.items()
+        ]
 
     def demand_rows(self, what: str) -> None:
         if not self.rows:
             raise ValueError(f"{what}: 0 usable rows; {self}".replace("\n", "; "))
 
 
-def _write_manifest(out: Path, candidates: Iterable[dict], report: Report) -> Report:
-    """Measure the audio of each candidate and write the good ones, in order.
-
-    Paths below the manifest's folder are written relative to it, others absolute.
-    """
-
-    def measure(row: dict) -> tuple[dict, str]:
-        try:
-            info = soundfile.info(row["audio_filepath"])
-            return {**row, "duration": round(info.frames / info.samplerate, 4)}, ""
-        except (RuntimeError, OSError, TypeError):
-            return row, "cannot decode audio"
-
-    def write(sink: io.BufferedWriter) -> None:
-        with ThreadPoolExecutor(8) as pool:  # waits for the disk, mostly
-            for row, fault in pool.map(measure, candidates):
-                path = Path(row["audio_filepath"])
-                if fault or row["duration"] <= 0:
-                    report.reject(fault or "no samples", str(path))
-                    continue
-                report.accept(row)
-                name = path.relative_to(folder) if path.is_relative_to(folder) else path
-                row = {**row, "audio_filepath": str(name)}
-                sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        report.demand_rows(f"manifest {out}")
-
-    folder = out.resolve().parent
-    write_atomically(out, write)
-    return report
-
-
-def librispeech_manifest(
-    root: Path | str, out: Path | str, splits: Iterable[str] | None = None
-) -> Report:
-    """Manifest of SPLIT/SPEAKER/CHAPTER/ID.flac with SPEAKER-CHAPTER.trans.txt, as LibriSpeech has.
-
-    Args:    root    the folder with the splits, or the one that holds LibriSpeech/.
-             splits  names of splits; None takes all.
-    Raises:  FileNotFoundError for a missing root or split; ValueError where nothing is usable.
-    """
-    root = Path(root).resolve()
-    root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
-    if not root.is_dir():
-        raise FileNotFoundError(f"LibriSpeech {root}: no such folder")
-    found = sorted(path.name for path in root.iterdir() if next(path.glob("*/*/*.trans.txt"), None))
-    splits = found if splits is None else list(splits)
-    if missing := [name for name in splits if name not in found]:
-        raise FileNotFoundError(
-            f"{root}: no split {missing[0]}; found {found or 'none'} (--splits)"
-        )
-    report = Report()
-
-    def candidates() -> Iterator[dict]:
-        for split in splits:
-            for chapter in sorted(path for path in (root / split).glob("*/*") if path.is_dir()):
-                yield from _chapter_rows(chapter, split, report)
-
-    return _write_manifest(Path(out), candidates(), report)
-
-
-def _audio_files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES)
-
-
-def _chapter_rows(chapter: Path, split: str, report: Report) -> Iterator[dict]:
-    """Rows of one chapter's folder: audio files by id, transcripts from its .trans.txt."""
-    audio = {path.stem: path for path in _audio_files(chapter.iterdir())}
-    for transcripts in sorted(chapter.glob("*.trans.txt")):
-        for line in read_lines(transcripts):
-            name, _, text = line.partition(" ")
-            path = audio.pop(name, None)
-            if name and path is None:
-                report.reject("transcript without audio, or a second one", f"{transcripts}: {name}")
-            elif name and not text.strip():
-                report.reject("empty transcript", f"{transcripts}: {name}")
-            elif name:
-                row = {"audio_filepath": str(path), "text": text.strip(), "id": name}
-                yield {**row, "speaker": chapter.parent.name, "split": split}
-    for path in audio.values():
-        report.reject("audio without transcript", str(path))
-
-
-def covost_manifest(
-    root: Path | str, out: Path | str, tsv: Path | str, splits: Iterable[str] | None = None
-) -> Report:
-    """Manifest of CoVoST 2: its table of translations joined with Common Voice's clips by path.
-
-    A row has "text" (the sentence), "translation" and "target_lang".
-
-    Args:    root    Common Voice's folder of the source language, with validated.tsv and clips/.
-             tsv     covost_v2.en_de.tsv or alike; the name's ending tells the target language.
-             splits  of its column `split`; None takes all. `train` alone is Common Voice's own;
-                     CoVoST 2 trains on `train,train_covost`.
-    Raises:  FileNotFoundError; ValueError for missing columns, or where nothing is usable.
-    """
-    root, tsv, report = Path(root).resolve(), Path(tsv), Report()
-    if not (named := re.search(r"\.[a-z-]+_([a-z-]+)\.tsv$", tsv.name, re.IGNORECASE)):
-        raise ValueError(f"{tsv}: no target language in its name; expected covost_v2.en_de.tsv")
-    columns = ("path", "sentence", "client_id")
-    clips = {row["path"]: row for row in read_table(root / "validated.tsv", columns, report)}
-    wanted = None if splits is None else set(splits)
-
-    def candidates() -> Iterator[dict]:
-        for row in read_table(tsv, ("path", "translation", "split"), report):
-            clip = clips.get(row["path"])
-            if wanted is not None and row["split"] not in wanted:
-                continue
-            if clip is None:
-                report.reject("path is not in validated.tsv", row["path"])
-            elif not row["translation"].strip() or not clip["sentence"].strip():
-                report.reject("empty sentence or translation", row["path"])
-            else:
-                yield {
-                    "audio_filepath": str(root / "clips" / row["path"]),
-                    "text": clip["sentence"],
-                    "translation": row["translation"],
-                    "target_lang": named[1].lower(),
-                    "id": row["path"],
-                    "speaker": clip["client_id"],
-                    "split": row["split"],
-                }
-
-    return _write_manifest(Path(out), candidates(), report)
-
-
-def read_table(path: Path, columns: Iterable[str], report: Report) -> Iterator[dict[str, str]]:
+def read_table(
+    path: Path, columns: Iterable[str], report: Report, *, escaped: bool = False
+) -> Iterator[dict[str, str]]:
     """Rows of a tab-separated file with a header; quotes mean nothing.
 
     Rows with another number of cells than the header are counted in the report and left out.
+
+    Args:   escaped  a backslash stands before a character that is to be taken as it is.
     Raises: FileNotFoundError; ValueError for a missing column, or where it is not UTF-8.
     """
     if not path.is_file():
@@ -609,29 +561,15 @@ def read_table(path: Path, columns: Iterable[str], report: Report) -> Iterator[d
                 raise ValueError(f"{path}: no column {missing[0]!r}; the header has {header}")
             for number, line in enumerate(lines, 2):
                 cells = line.rstrip("\r\n").split("\t")
+                if escaped and "\\" in line:
+                    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "escapechar": "\\"}
+                    cells = next(csv.reader([line.rstrip("\r\n")], **how))
                 if len(cells) != len(header):
                     report.reject(f"not {len(header)} cells", f"{path}:{number}")
                 else:
                     yield dict(zip(header, cells))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason})") from error
-
-
-def directory_manifest(root: Path | str, out: Path | str) -> Report:
-    """Manifest of all audio below a folder; the .txt of the same name is its transcript, if any."""
-    root = Path(root).resolve()
-    if not root.is_dir():
-        raise FileNotFoundError(f"audio folder {root}: no such folder")
-
-    def candidates() -> Iterator[dict]:
-        for path in _audio_files(root.rglob("*")):
-            row = {"audio_filepath": str(path), "id": str(path.relative_to(root).with_suffix(""))}
-            transcript = path.with_suffix(".txt")
-            if transcript.is_file():
-                row["text"] = " ".join(read_lines(transcript)).strip()
-            yield row
-
-    return _write_manifest(Path(out), candidates(), Report())
 
 
 def too_short(seconds: float) -> bool:

@@ -13,8 +13,8 @@ run resumes with one integer, the step.
 Public:  mask_budget, span_mask, mask_text, spec_augment, row_rng, joint_bucket, BatchPlan,
          SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, StandIns,
          read_rows, PretrainData,
-         HeldOut, feature_statistics. Commands: tokenizer, manifest, check (their work is done in
-         corpora.py).
+         HeldOut, feature_statistics. Commands: manifest, text, tokenizer, check (their work is done
+         in importers.py and corpora.py).
 Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
          positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
 Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT
@@ -59,20 +59,21 @@ from corpora import (
     MISSING_S,
     AudioError,
     Manifest,
+    Report,
     TextCorpus,
     Tokenizer,
     check_manifest,
-    covost_manifest,
-    directory_manifest,
-    librispeech_manifest,
     one_line,
     parse_rows,
+    paths_of,
     read_audio,
     read_bytes,
-    read_lines,
+    read_text,
     row_fault,
     too_short,
+    write_text,
 )
+from importers import IMPORTERS, WORKERS
 from training import RowFault, TensorBatch
 
 # w2v-BERT: a span of 10 frames starts anywhere with p = 0.065, which covers 1 - (1 - p)^10 = 49%.
@@ -968,9 +969,19 @@ def feature_statistics(
 # ------------------------------------------------------------------------------------------ command
 
 
+def _run_text(args: argparse.Namespace) -> None:
+    report = Report()
+    n_documents = write_text(map(Path, args.files), Path(args.out), args.field, report)
+    summary = f"{report.rows} lines in {n_documents} documents"
+    print("\n".join([f"{args.out}: {summary}", *report.left_out()]))
+
+
 def _run_tokenizer(args: argparse.Namespace) -> None:
     def lines() -> Iterator[str]:
-        return (line for name in args.text.split(",") for line in read_lines(Path(name)) if line)
+        paths = paths_of(args.text)
+        return filter(
+            None, (line for path in paths for line in read_text(path, args.field, Report()))
+        )
 
     step = 1
     if args.max_lines:  # evenly spaced, so that every part of the corpus is heard
@@ -982,13 +993,13 @@ def _run_tokenizer(args: argparse.Namespace) -> None:
 
 
 def _run_manifest(args: argparse.Namespace) -> None:
-    splits = args.splits.split(",") if getattr(args, "splits", None) else None
-    if args.layout == "librispeech":
-        report = librispeech_manifest(args.root, args.out, splits)
-    elif args.layout == "covost":
-        report = covost_manifest(args.root, args.out, args.translations, splits)
-    else:
-        report = directory_manifest(args.root, args.out)
+    names = ["workers", *LAYOUT_OPTIONS.get(args.layout, {})]
+    options = {name: getattr(args, name) for name in names}
+    if options.get("splits"):
+        options["splits"] = options["splits"].split(",")
+    if options["workers"] < 1:
+        raise ValueError(f"--workers {args.workers}: must be at least 1")
+    report = IMPORTERS[args.layout](args.root, args.out, **options)
     print(f"{args.out}: {report}")
 
 
@@ -1004,8 +1015,48 @@ def _run_check(args: argparse.Namespace) -> None:
         print(f"{len(texts)} transcripts: {sizes}")
 
 
+FIELD_HELP = 'key of the text in JSON lines (default: "text" in files named .json or .jsonl)'
+MANIFEST_HELP = (
+    "Of the seven parts of SpeechStew, LibriSpeech, Common Voice, TED-LIUM and AMI are free; WSJ, "
+    "Switchboard/Fisher and Broadcast News are sold by the LDC: prepare them with Kaldi, then use "
+    "`kaldi`. An import that was interrupted goes on where OUT.partial ends."
+)
+# What each layout's importer takes beside root, out and workers: its parameter to the flag's how.
+SPLITS = {"splits": {"help": "comma separated (default all)"}}
+LAYOUT_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "librispeech": SPLITS,
+    "commonvoice": {"splits": {"help": "tables, comma separated (default train,dev,test)"}},
+    "covost": {
+        "tsv": {
+            "required": True,
+            "help": "covost_v2.en_de.tsv, or joined tables, comma separated",
+        },
+        "splits": {"help": "comma separated; train,train_covost is CoVoST's (default all)"},
+    },
+    "librilight": {
+        "segment_s": {
+            "type": float,
+            "default": 30.0,
+            "help": "longest segment in seconds, cut where nobody speaks (default %(default)s)",
+        }
+    },
+    "tedlium": SPLITS,
+    "ami": SPLITS
+    | {
+        "annotations": {
+            "help": "folder with words/ and segments/ (default: ROOT/ami_public_manual_1.6.2)"
+        },
+        "microphone": {
+            "choices": ("ihm", "sdm"),
+            "default": "ihm",
+            "help": "headsets, or the first of the table's array (default %(default)s)",
+        },
+    },
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of data.py: manifest, tokenizer, check."""
+    """The command line of data.py: manifest, text, tokenizer, check."""
     parser = argparse.ArgumentParser(prog="data.py", description="Prepare and check training data.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -1015,19 +1066,37 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, default=32000, help="pieces (default 32000, as in the paper)")
     add("--out", required=True, help="model file to write")
     add("--text-case", choices=("lower", "keep"), default="lower", help="(default lower)")
-    add("--max-lines", type=int, help="use about so many lines, evenly spaced (default all)")
+    add("--field", help=FIELD_HELP)
+    add(
+        "--max-lines",
+        type=int,
+        default=1_000_000,
+        help="use about so many lines, evenly spaced over all; 0: all, which must fit into memory "
+        "(default %(default)s)",
+    )
     command.set_defaults(run=_run_tokenizer)
 
-    layouts = commands.add_parser("manifest", help="write the manifest of a corpus")
+    command = commands.add_parser("text", help="join text files into one, documents kept apart")
+    command.add_argument("files", nargs="+", help="plain or gzipped lines, or JSON lines")
+    command.add_argument("--out", required=True, help="text file to write")
+    command.add_argument("--field", help=FIELD_HELP)
+    command.set_defaults(run=_run_text)
+
+    layouts = commands.add_parser(
+        "manifest", help="write the manifest of a corpus", description=MANIFEST_HELP
+    )
     layouts = layouts.add_subparsers(dest="layout", required=True)
-    for layout in ("librispeech", "covost", "directory"):
-        command = layouts.add_parser(layout)
-        command.add_argument("root", help="folder of the corpus")
+    for layout, importer in IMPORTERS.items():
+        about = (importer.__doc__ or "").split("\n")[0]
+        command = layouts.add_parser(layout, help=about, description=about)
+        lists = {"fairseq": "the .tsv", "nemo": "the manifest", "kaldi": "the data folder"}
+        command.add_argument("root", help=lists.get(layout, "folder of the corpus"))
         command.add_argument("out", help="manifest to write (.jsonl)")
-        if layout == "covost":
-            command.add_argument("--translations", required=True, help="covost_v2.en_de.tsv")
-        if layout != "directory":
-            command.add_argument("--splits", help="comma separated (default all)")
+        for name, how in LAYOUT_OPTIONS.get(layout, {}).items():
+            flag = "--translations" if name == "tsv" else f"--{name.replace('_', '-')}"
+            command.add_argument(flag, dest=name, **how)
+        about = "files measured at a time (default %(default)s)"
+        command.add_argument("--workers", type=int, default=WORKERS, help=about)
         command.set_defaults(run=_run_manifest)
 
     command = commands.add_parser("check", help="count rows, hours, speakers and what is wrong")

@@ -42,6 +42,7 @@ from conformer import (
     valid_mask,
 )
 from corpora import paths_of
+from importers import covost_manifest, librispeech_manifest
 from quantizer import GumbelQuantizer, LinearTarget
 from training import Ranks
 
@@ -403,9 +404,9 @@ def demo_files(root: Path, ranks: Ranks) -> dict[str, str]:
             if path.exists() and path.stat().st_mtime >= stamp.stat().st_mtime:
                 continue
             if name in DEMO_MANIFESTS:
-                data.librispeech_manifest(root / "LibriSpeech", path, DEMO_MANIFESTS[name])
+                librispeech_manifest(root / "LibriSpeech", path, DEMO_MANIFESTS[name])
             elif name in DEMO_TRANSLATIONS:
-                data.covost_manifest(voice, path, voice / table, DEMO_TRANSLATIONS[name])
+                covost_manifest(voice, path, voice / table, DEMO_TRANSLATIONS[name])
             elif name == "tokenizer":
                 with open(files["text"], encoding="utf-8") as lines:
                     data.Tokenizer.train(lines, SIZES["tiny"].vocab_size).save(path)

@@ -18,6 +18,7 @@ import corpora
 import data
 import training
 from conformer import CLS_ID, MASK_ID, N_MELS, N_SPECIAL, PAD_ID, SEP_ID, n_frames, subsampled_lens
+from importers import librispeech_manifest
 from losses import Loss
 
 WORDS = "the a red old cat dog ship house sees likes finds and two three under near big".split()
@@ -1408,7 +1409,7 @@ def test_librispeech_becomes_a_manifest(libri, tmp_path, capsys):
     ).is_file()
     assert not Path(json.loads(out.read_text().splitlines()[0])["audio_filepath"]).is_absolute()
     assert np.allclose(m.durations[:3], [1, 1.5, 2], atol=0.05) and row["text"].isupper()
-    report = data.librispeech_manifest(
+    report = librispeech_manifest(
         libri.parent, tmp_path / "x" / "some.jsonl", ["train-a"]
     )  # the folder above
     assert (
@@ -1426,7 +1427,7 @@ def test_what_librispeech_lacks_is_reported(libri, tmp_path):
     write_wave(chapter / "10-7-0009.flac", 1)
     with (chapter / "10-7.trans.txt").open("a") as lines:
         lines.write("10-7-0002 TWICE\n")
-    report = data.librispeech_manifest(libri, tmp_path / "m.jsonl", ["train-a"])
+    report = librispeech_manifest(libri, tmp_path / "m.jsonl", ["train-a"])
     assert report.rows == 4
     assert {reason: count for reason, (count, _) in report.rejected.items()} == {
         "transcript without audio, or a second one": 2,
