@@ -75,7 +75,8 @@ class Lengths:
         self.path, self.known = path, {}
         if path.is_file():
             entries = (row for *_, row in parse_rows(path.read_bytes()))
-            self.known = {entry[0]: entry[1] for entry in entries if isinstance(entry, list)}
+            whole = (entry for entry in entries if isinstance(entry, list) and len(entry) == 2)
+            self.known = dict(whole)
 
     def measure(self, path: str) -> float | str:
         """Seconds, or what is wrong with the file."""
