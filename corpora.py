@@ -457,14 +457,17 @@ class TextCorpus:
 
         The tokens lie beside each source, or in cache_dir, under a name that changes with the
         tokenizer and with the source's size and time.
-        Raises: FileNotFoundError; ValueError for no text, for text that is not UTF-8, or where the
-                tokens cannot be written.
+        Raises: FileNotFoundError; ValueError for no text, for text that is not UTF-8, for JSON
+                lines, or where the tokens cannot be written.
         """
         dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
         cached = []
         for source in map(Path, paths):
             if not source.is_file():
                 raise FileNotFoundError(f"text {source}: no such file")
+            if source.name.lower().endswith(JSON_SUFFIXES):
+                advice = f"`python data.py text {source} --out text.txt`"
+                raise ValueError(f"text {source}: JSON lines; make plain ones of them: {advice}")
             state = source.stat()
             key = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tokenizer.fingerprint}"
             folder = Path(cache_dir) if cache_dir else source.parent

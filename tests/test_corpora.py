@@ -405,6 +405,9 @@ def test_tokens_are_made_of_zipped_text_too(tmp_path):
         corpora.TextCorpus.open([tmp_path / name], tokenizer) for name in ("a.txt", "b.txt.gz")
     )
     assert plain.fingerprint == packed.fingerprint
+    zipped(tmp_path / "c.json.gz", '{"text": "a cat"}\n')
+    with pytest.raises(ValueError, match="c.json.gz: JSON lines; make plain ones .*data.py text"):
+        corpora.TextCorpus.open([tmp_path / "c.json.gz"], tokenizer)
 
 
 # --------------------------------------------------------------------------------------- manifests
