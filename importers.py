@@ -119,8 +119,13 @@ def write_manifest(
                 found = dict(zip(paths, pool.map(lengths.measure, paths)))
                 for path, rows in block:
                     for row in rows:
-                        if line := _checked(row, found[path], folder, report):
-                            sink.write(line)
+                        if fault := _fault(row, found[path]):
+                            place = f" from {row['offset']:g} s on" if "offset" in row else ""
+                            report.reject(fault, f"{path}{place}")
+                            continue
+                        row = _finished(row, found[path], folder)
+                        report.accept(row)
+                        sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 lengths.keep(found)
         report.demand_rows(f"manifest {out}")
 
@@ -129,31 +134,30 @@ def write_manifest(
     return report
 
 
-def _checked(row: dict, seconds: float | str, folder: Path, report: Report) -> bytes | None:
-    """The line of a candidate whose file lasts so long, or None and a count in the report."""
-    path = Path(row["audio_filepath"])
-    name = row.get("id", str(path))
-    if NO_CHARACTER.search(str(path)):
-        return report.reject("name is not UTF-8, or holds NUL", str(path))
+def _fault(row: dict, seconds: float | str) -> str | None:
+    """What is wrong with a candidate whose file lasts so long, or None."""
+    if NO_CHARACTER.search(row["audio_filepath"]):
+        return "name is not UTF-8, or holds NUL"
     if isinstance(seconds, str):
-        return report.reject(seconds, str(path))
+        return seconds
     if seconds <= 0:
-        return report.reject("no samples", str(path))
+        return "no samples"
     offset = row.get("offset", 0.0)
     duration = row.get("duration", seconds - offset)
     if duration <= 0:
-        return report.reject("segment of no length", name)
+        return "segment of no length"
     if offset + duration > seconds + MISSING_S:
-        return report.reject("segment ends after its audio", name)
-    local = path.relative_to(folder) if path.is_relative_to(folder) else path
-    row = row | {
-        "audio_filepath": str(local),
-        "duration": round(min(duration, seconds - offset), 4),
-    }
-    if fault := row_fault(row, False):
-        return report.reject(fault[0], f"{name}: {fault[1]}")
-    report.accept(row)
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return "segment ends after its audio"
+    fault = row_fault(row | {"duration": duration}, False)
+    return fault[0] if fault else None
+
+
+def _finished(row: dict, seconds: float, folder: Path) -> dict:
+    """A candidate with its duration, and its path relative to the manifest if that is above it."""
+    path, left = Path(row["audio_filepath"]), seconds - row.get("offset", 0.0)
+    path = path.relative_to(folder) if path.is_relative_to(folder) else path
+    duration = round(min(row.get("duration", left), left), 4)
+    return row | {"audio_filepath": str(path), "duration": duration}
 
 
 def _folder(root: Path | str, what: str, inner: str = "") -> Path:

@@ -269,13 +269,13 @@ class BadRows:
                 self._new.setdefault((fault.stream, fault.where), fault)
             yield batch
 
-    def agree(self, ranks: Ranks) -> None:
-        """Share with all ranks what is new, and name it. To be called on all ranks.
+    def name(self, ranks: Ranks) -> list[str]:
+        """Share with all ranks what is new, and print it -> the streams that have something new.
 
-        Raises: ValueError on all ranks where a stream has too many of them.
+        To be called on all ranks.
         """
         if not self.audio_rows:
-            return
+            return []
         found = {key: fault for key, fault in self._new.items() if key not in self.known}
         new = [fault for key, fault in ranks.union(found).items() if key not in self.known]
         named = {fault.where for fault in self.known.values()}
@@ -285,7 +285,14 @@ class BadRows:
             named.add(fault.where)
             self.known[fault.stream, fault.where] = fault
         self._new = {}
-        for stream in sorted({fault.stream for fault in new}):
+        return sorted({fault.stream for fault in new})
+
+    def agree(self, ranks: Ranks) -> None:
+        """Name what is new, and stop if it is too much. To be called on all ranks.
+
+        Raises: ValueError on all ranks where a stream has too many of them.
+        """
+        for stream in self.name(ranks):
             summary, share = self.summary(stream)
             ranks.log(summary)
             if share > self.max_share:
@@ -844,6 +851,7 @@ def follow(
         model, bad_rows.watch(loader), args, ranks, start_step,
         optimizer=optimizer, on_log=on_log, on_save=save, on_eval=evaluate and on_eval,
     )  # fmt: skip
+    bad_rows.name(ranks)  # those since the last line, if a signal came between
     if not stopped_by and ranks.rank == 0:
         ranks.log(f"curves: {draw_curves(args.out_dir, model.loss_names)}")
     return stopped_by

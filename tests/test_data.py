@@ -1293,6 +1293,8 @@ def test_ranks_agree_on_the_rows_that_cannot_be_read(capsys):
     for rank, bad_rows in enumerate(both):
         batch = data.Batch(faults=faults[rank : rank + 2])
         assert list(bad_rows.watch([batch])) == [batch]
+        quiet = training.BadRows({"speech": 100}, 0.0)
+        assert quiet.name(Pair(1, 1, 2, torch.device("cpu"))) == ["speech"]  # names, never stops
         with pytest.raises(ValueError, match=r"speech: 3 of 100 rows cannot be read \(3%\)"):
             bad_rows.agree(Pair(rank, rank, 2, torch.device("cpu")))
     assert both[0].known == both[1].known and len(both[0].known) == 3
