@@ -25,6 +25,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -580,13 +581,25 @@ def too_short(seconds: float) -> bool:
     return subsampled_lens(n_frames(round(seconds * SAMPLE_RATE))) < MIN_ENC_FRAMES
 
 
-def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False) -> Report:
+def check_manifest(
+    path: Path,
+    max_audio_s: float = math.inf,
+    read: bool = False,
+    *,
+    workers: int = 8,
+    out: Path | None = None,
+) -> Report:
     """Count good and bad rows of a manifest, where Manifest.read stops at the first bad one.
 
     Rows that training leaves out are counted with the bad ones.
+
+    Args:   read     decode all audio, so many files at a time as there are workers.
+            out      a manifest to write the good rows to, with absolute paths.
+    Raises: FileNotFoundError; ValueError where no row is good.
     """
-    report = Report()
-    for number, _, _, row in parse_rows(read_bytes(path, "manifest")):
+    report, rows = Report(), parse_rows(read_bytes(path, "manifest"))
+
+    def fault_of(row: object) -> tuple[str, str] | None:
         fault = row_fault(row, False)
         if not fault and too_short(row["duration"]):
             fault = "shorter than two encoder frames", f"{row['duration']:g} s"
@@ -594,11 +607,23 @@ def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False
             fault = f"longer than --max-audio-s {max_audio_s:g}", f"{row['duration']:g} s"
         if not fault and read:
             fault = _audio_fault(path.parent / row["audio_filepath"], row)
-        if fault:
-            report.reject(fault[0], f"{path}:{number}: {fault[1]}")
-        else:
-            report.accept(row)
-    report.demand_rows(f"manifest {path}")
+        return fault
+
+    def check(sink: io.BufferedWriter | None) -> None:
+        with ThreadPoolExecutor(workers) as pool:
+            while block := list(islice(rows, 1000)):
+                faults = pool.map(fault_of, [row for *_, row in block])
+                for (number, *_, row), fault in zip(block, faults):
+                    if fault:
+                        report.reject(fault[0], f"{path}:{number}: {fault[1]}")
+                        continue
+                    report.accept(row)
+                    if sink:
+                        row["audio_filepath"] = os.path.abspath(path.parent / row["audio_filepath"])
+                        sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        report.demand_rows(f"manifest {path}")
+
+    write_atomically(out, check) if out else check(None)
     return report
 
 

@@ -74,7 +74,7 @@ from corpora import (
     write_text,
 )
 from importers import IMPORTERS, WORKERS
-from training import RowFault, TensorBatch
+from training import RowFault, TensorBatch, check_numbers
 
 # w2v-BERT: a span of 10 frames starts anywhere with p = 0.065, which covers 1 - (1 - p)^10 = 49%.
 SPEECH_MASK, SPEECH_SPAN = 0.49, 10
@@ -997,14 +997,16 @@ def _run_manifest(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in names}
     if options.get("splits"):
         options["splits"] = options["splits"].split(",")
-    if options["workers"] < 1:
-        raise ValueError(f"--workers {args.workers}: must be at least 1")
+    check_numbers(args, from_1=("workers",))
     report = IMPORTERS[args.layout](args.root, args.out, **options)
     print(f"{args.out}: {report}")
 
 
 def _run_check(args: argparse.Namespace) -> None:
-    print(f"{args.manifest}: {check_manifest(Path(args.manifest), args.max_audio_s, args.read)}")
+    check_numbers(args, from_1=("workers",))
+    its = {"workers": args.workers, "out": args.out}
+    report = check_manifest(Path(args.manifest), args.max_audio_s, args.read, **its)
+    print(f"{args.manifest}: {report}")
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer)
         rows = [row for *_, row in parse_rows(read_bytes(Path(args.manifest), "manifest"))]
@@ -1105,6 +1107,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="also count tokens with this model")
     add("--max-audio-s", type=float, default=math.inf, help="reject longer rows (default none)")
     add("--read", action="store_true", help="decode every file")
+    add("--workers", type=int, default=WORKERS, help="files at a time (default %(default)s)")
+    add("--out", type=Path, help="write the good rows to this manifest, with absolute paths")
     command.set_defaults(run=_run_check)
     return parser
 

@@ -298,7 +298,7 @@ class BadRows:
             if share > self.max_share:
                 raise ValueError(
                     f"{summary}, above --max-bad-share {self.max_share:g}: mend them, take them "
-                    "out (data.py check --read finds them), or raise it"
+                    "out (data.py check --read --out), or raise it"
                 )
 
     def summary(self, stream: str) -> tuple[str, float]:

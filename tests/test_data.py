@@ -1493,6 +1493,12 @@ def test_check_counts_what_is_wrong(tmp_path, tokenizer, capsys):
         and "audio cannot be read" in out
         and "audio ends before its row does" in out
     )
+    out = tmp_path / "elsewhere" / "good.jsonl"
+    assert data.main(["check", str(path), "--read", "--workers", "2", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {**good, "audio_filepath": f"{tmp_path}/a.wav"}
+    ]
     assert data.main(["check", str(path), "--max-audio-s", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "0 usable rows" in error and error.count("\n") == 1
