@@ -1,23 +1,29 @@
-"""Files on disk: manifests, audio, tokenizers, text, tasks, and importers of distributed corpora.
+"""Files on disk: manifests, audio, tokenizers, text, tasks.
 
 A manifest is JSON lines in the NeMo convention (`audio_filepath`, `offset`, `duration`, `text`,
 further fields kept). Text is plain lines, a blank one between documents, tokenised once into a
-memory-mapped file. What batches are made of all this is data.py's business.
+memory-mapped file. How distributed corpora become manifests is in importers.py; what batches are
+made of all this is data.py's business.
 
-Public:  Manifest, read_audio, Tokenizer, TextCorpus, librispeech_manifest, covost_manifest,
-         directory_manifest, check_manifest, Report; GLUE, read_glue, read_textnorm, TextExample,
+Public:  Manifest, read_audio, AudioError, Tokenizer, TextCorpus, read_lines, read_text, write_text,
+         read_table, check_manifest, Report; GLUE, read_glue, read_textnorm, TextExample,
          SpokenToken.
 Letters: N wave samples, V vocabulary, n rows.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import io
 import json
 import math
+import os
 import re
+import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -42,12 +48,14 @@ from conformer import (
 )
 from training import write_atomically
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".sph")
+JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Every tokenizer has these, even if its text spells numbers out: text normalisation reads them.
 REQUIRED_CHARACTERS = "0123456789.,;:!?'\"-$%&/()"
 MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
 MAX_S = 1e8  # three years: a duration or offset beyond is a mistake
 NO_CHARACTER = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, files and tokenizers cannot
+MISSING_S = 0.1  # audio may be so much shorter than its row says: rounding, and an MP3's last frame
 SEEK_LEAD = 9216  # samples decoded ahead of the wanted ones: an MP3 frame needs the ones before it
 
 
@@ -194,16 +202,37 @@ class Manifest:
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
 
+class AudioError(ValueError):
+    """Audio that cannot be used. The message is one line that names the file.
+
+    Attributes: reason  the same of all files with the same fault, for counting;
+                where   `file:line` of the manifest's row, once it is known.
+    """
+
+    def __init__(self, message: str, reason: str = "cannot be read", where: str = "") -> None:
+        super().__init__(f"{where}: {message}" if where else message)
+        self.message, self.reason, self.where = message, reason, where
+
+
+def one_line(name: object) -> str:
+    """A file's name with escapes in place of what is no printable character: a line end, say."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
 def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Part of an audio file as mono at 16 kHz: channels averaged, other rates resampled (soxr HQ).
 
     Args:    offset, duration  seconds; None reads to the end, and no file is read beyond its end.
     Returns: (N,) float32 in [-1, 1].
-    Raises:  FileNotFoundError; ValueError naming the file where it cannot be decoded, has nothing
-             from offset on, or holds NaN.
+    Raises:  AudioError where there is no such file, where it cannot be decoded, has nothing from
+             offset on, or holds NaN.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such audio file")
+
+    def fault(reason: str, detail: str = "") -> AudioError:
+        return AudioError(f"{one_line(path)}: {reason}{detail}", reason)
+
+    if not os.path.isfile(path):
+        raise fault("a link to nothing" if os.path.islink(path) else "no such audio file")
     try:
         with soundfile.SoundFile(path) as audio:
             rate, start = audio.samplerate, round(offset * audio.samplerate)
@@ -212,12 +241,13 @@ def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = N
             audio.seek(min(start - lead, audio.frames))
             samples = audio.read(wanted if wanted < 0 else lead + wanted, "float32", always_2d=True)
     except (RuntimeError, OSError, TypeError) as error:
-        raise ValueError(f"{path}: cannot decode audio ({str(error).splitlines()[0]})") from error
+        found = one_line(getattr(error, "error_string", error)) or type(error).__name__
+        raise fault("cannot decode audio", f" ({found})") from error
     samples = samples[lead:, 0] if samples.shape[1] == 1 else samples[lead:].mean(axis=1)  # (N,)
     if not len(samples):
-        raise ValueError(f"{path}: no audio from {offset:g} s on")
+        raise fault("no audio", f" from {offset:g} s on")
     if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples")
+        raise fault("holds NaN or infinite samples")
     if rate != SAMPLE_RATE:
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
     return samples
@@ -314,14 +344,73 @@ class Tokenizer:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, stripped. Raises ValueError naming the file where it is not UTF-8."""
+    """Lines of a UTF-8 file, plain or gzipped, stripped, one at a time.
+
+    Raises: FileNotFoundError; ValueError naming the file where it is not UTF-8, or broken gzip.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"text {path}: no such file")
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig") as lines:
             yield from map(str.strip, lines)
     except UnicodeDecodeError as error:
         raise ValueError(f"text {path}: not UTF-8 ({error.reason})") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"text {path}: broken gzip, or cut short ({error})") from error
+
+
+def read_text(path: Path, field: str | None, report: Report) -> Iterator[str]:
+    """Lines of text, stripped, a blank one between documents: of plain text or of JSON lines.
+
+    A JSON line is a document. Lines that hold no text are counted in the report and left out.
+
+    Args:   field  the key of a JSON line's text; None: files named .json or .jsonl have it in
+                   "text", and others are plain.
+    Raises: as read_lines.
+    """
+    if field is None and not path.name.lower().endswith(JSON_SUFFIXES):
+        yield from read_lines(path)
+        return
+    field = field or "text"
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            text = json.loads(line)[field] if line else ""
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            text = error
+        if not isinstance(text, str) or NO_CHARACTER.search(text):
+            report.reject(f'not a JSON object with text in "{field}"', f"{path}:{number}")
+            continue
+        yield from filter(None, map(str.strip, text.splitlines()))
+        yield ""
+
+
+def write_text(paths: Iterable[Path], out: Path, field: str | None, report: Report) -> int:
+    """Join text files into one of plain lines, one blank line between documents, none elsewhere.
+
+    Args:    field, report  as of read_text; the report's rows are the lines written.
+    Returns: the number of documents.
+    Raises:  as read_lines; ValueError where there is no text.
+    """
+    n_documents = 0
+
+    def write(sink: io.BufferedWriter) -> None:
+        nonlocal n_documents
+        for path in paths:
+            begins = True  # so does each file
+            for line in read_text(path, field, report):
+                if line:
+                    gap = "\n" if begins and n_documents else ""
+                    n_documents, begins = n_documents + begins, False
+                    sink.write(f"{gap}{line}\n".encode())
+                    report.rows += 1
+                else:
+                    begins = True
+        report.demand_rows(f"text {out}")
+
+    write_atomically(out, write)
+    return n_documents
 
 
 def _tokenise(source: Path, tokenizer: Tokenizer, tokens_path: Path, dtype: type) -> None:
@@ -372,14 +461,17 @@ class TextCorpus:
 
         The tokens lie beside each source, or in cache_dir, under a name that changes with the
         tokenizer and with the source's size and time.
-        Raises: FileNotFoundError; ValueError for no text, for text that is not UTF-8, or where the
-                tokens cannot be written.
+        Raises: FileNotFoundError; ValueError for no text, for text that is not UTF-8, for JSON
+                lines, or where the tokens cannot be written.
         """
         dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
         cached = []
         for source in map(Path, paths):
             if not source.is_file():
                 raise FileNotFoundError(f"text {source}: no such file")
+            if source.name.lower().endswith(JSON_SUFFIXES):
+                advice = f"`python data.py text {source} --out text.txt`"
+                raise ValueError(f"text {source}: JSON lines; make plain ones of them: {advice}")
             state = source.stat()
             key = f"{source.resolve()} {state.st_size} {state.st_mtime_ns} {tokenizer.fingerprint}"
             folder = Path(cache_dir) if cache_dir else source.parent
@@ -408,7 +500,7 @@ class TextCorpus:
         return sum(np.load(path.with_suffix(".npz"))["counts"] for path in self.paths)
 
 
-# --------------------------------------------------------------------------------- making manifests
+# ------------------------------------------------------------------------------- reports and tables
 
 
 @dataclass
@@ -418,16 +510,20 @@ class Report:
     rows: int = 0
     seconds: float = 0.0
     speakers: set[str] = field(default_factory=set)
+    of_split: Counter[str] = field(default_factory=Counter)  # rows
     rejected: dict[str, tuple[int, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what else there is to know
 
     def accept(self, row: dict) -> None:
         self.rows += 1
         self.seconds += row["duration"]
         if "speaker" in row:
             self.speakers.add(str(row["speaker"]))
+        if "split" in row:
+            self.of_split[str(row["split"])] += 1
 
     def reject(self, reason: str, example: str) -> None:
-        count, first = self.rejected.get(reason, (0, example))
+        count, first = self.rejected.get(reason, (0, one_line(example)))
         self.rejected[reason] = (count + 1, first)
 
     def counts(self) -> dict[str, int]:
@@ -439,148 +535,28 @@ class Report:
         if self.seconds:
             lines[0] += f", {self.seconds / 3600:.2f} hours"
             lines[0] += f", {len(self.speakers) or 'unknown'} speakers"
-        for reason, (count, first) in self.rejected.items():
-            lines.append(f"rejected {count}: {reason} (first: {first})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.left_out(), *self.notes])
+
+    def left_out(self) -> list[str]:
+        """A line for each reason."""
+        return [
+            f"rejected {count}: {reason} (first: {first})"
+            for reason, (count, first) in self.rejected.items()
+        ]
 
     def demand_rows(self, what: str) -> None:
         if not self.rows:
             raise ValueError(f"{what}: 0 usable rows; {self}".replace("\n", "; "))
 
 
-def _write_manifest(out: Path, candidates: Iterable[dict], report: Report) -> Report:
-    """Measure the audio of each candidate and write the good ones, in order.
-
-    Paths below the manifest's folder are written relative to it, others absolute.
-    """
-
-    def measure(row: dict) -> tuple[dict, str]:
-        try:
-            info = soundfile.info(row["audio_filepath"])
-            return {**row, "duration": round(info.frames / info.samplerate, 4)}, ""
-        except (RuntimeError, OSError, TypeError):
-            return row, "cannot decode audio"
-
-    def write(sink: io.BufferedWriter) -> None:
-        with ThreadPoolExecutor(8) as pool:  # waits for the disk, mostly
-            for row, fault in pool.map(measure, candidates):
-                path = Path(row["audio_filepath"])
-                if fault or row["duration"] <= 0:
-                    report.reject(fault or "no samples", str(path))
-                    continue
-                report.accept(row)
-                name = path.relative_to(folder) if path.is_relative_to(folder) else path
-                row = {**row, "audio_filepath": str(name)}
-                sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        report.demand_rows(f"manifest {out}")
-
-    folder = out.resolve().parent
-    write_atomically(out, write)
-    return report
-
-
-def librispeech_manifest(
-    root: Path | str, out: Path | str, splits: Iterable[str] | None = None
-) -> Report:
-    """Manifest of SPLIT/SPEAKER/CHAPTER/ID.flac with SPEAKER-CHAPTER.trans.txt, as LibriSpeech has.
-
-    Args:    root    the folder with the splits, or the one that holds LibriSpeech/.
-             splits  names of splits; None takes all.
-    Raises:  FileNotFoundError for a missing root or split; ValueError where nothing is usable.
-    """
-    root = Path(root).resolve()
-    root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
-    if not root.is_dir():
-        raise FileNotFoundError(f"LibriSpeech {root}: no such folder")
-    found = sorted(path.name for path in root.iterdir() if next(path.glob("*/*/*.trans.txt"), None))
-    splits = found if splits is None else list(splits)
-    if missing := [name for name in splits if name not in found]:
-        raise FileNotFoundError(
-            f"{root}: no split {missing[0]}; found {found or 'none'} (--splits)"
-        )
-    report = Report()
-
-    def candidates() -> Iterator[dict]:
-        for split in splits:
-            for chapter in sorted(path for path in (root / split).glob("*/*") if path.is_dir()):
-                yield from _chapter_rows(chapter, split, report)
-
-    return _write_manifest(Path(out), candidates(), report)
-
-
-def _audio_files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES)
-
-
-def _chapter_rows(chapter: Path, split: str, report: Report) -> Iterator[dict]:
-    """Rows of one chapter's folder: audio files by id, transcripts from its .trans.txt."""
-    audio = {path.stem: path for path in _audio_files(chapter.iterdir())}
-    for transcripts in sorted(chapter.glob("*.trans.txt")):
-        for line in read_lines(transcripts):
-            name, _, text = line.partition(" ")
-            path = audio.pop(name, None)
-            if name and path is None:
-                report.reject("transcript without audio, or a second one", f"{transcripts}: {name}")
-            elif name and not text.strip():
-                report.reject("empty transcript", f"{transcripts}: {name}")
-            elif name:
-                row = {"audio_filepath": str(path), "text": text.strip(), "id": name}
-                yield {**row, "speaker": chapter.parent.name, "split": split}
-    for path in audio.values():
-        report.reject("audio without transcript", str(path))
-
-
-def covost_manifest(
-    root: Path | str, out: Path | str, tsv: Path | str, splits: Iterable[str] | None = None
-) -> Report:
-    """Manifest of CoVoST 2: its table of translations joined with Common Voice's clips by path.
-
-    A row has "text" (the sentence), "translation" and "target_lang".
-
-    Args:    root    Common Voice's folder of the source language, with validated.tsv and clips/.
-             tsv     covost_v2.en_de.tsv or alike; the name's ending tells the target language.
-             splits  of its column `split`; None takes all. `train` alone is Common Voice's own;
-                     CoVoST 2 trains on `train,train_covost`.
-    Raises:  FileNotFoundError; ValueError for missing columns, or where nothing is usable.
-    """
-    root, tsv, report = Path(root).resolve(), Path(tsv), Report()
-    if not (named := re.search(r"\.[a-z-]+_([a-z-]+)\.tsv$", tsv.name, re.IGNORECASE)):
-        raise ValueError(f"{tsv}: no target language in its name; expected covost_v2.en_de.tsv")
-    columns = ("path", "sentence", "client_id")
-    clips = {row["path"]: row for row in read_table(root / "validated.tsv", columns, report, True)}
-    wanted = None if splits is None else set(splits)
-
-    def candidates() -> Iterator[dict]:
-        for row in read_table(tsv, ("path", "translation", "split"), report, True):
-            clip = clips.get(row["path"])
-            if wanted is not None and row["split"] not in wanted:
-                continue
-            if clip is None:
-                report.reject("path is not in validated.tsv", row["path"])
-            elif not row["translation"].strip() or not clip["sentence"].strip():
-                report.reject("empty sentence or translation", row["path"])
-            else:
-                yield {
-                    "audio_filepath": str(root / "clips" / row["path"]),
-                    "text": clip["sentence"],
-                    "translation": row["translation"],
-                    "target_lang": named[1].lower(),
-                    "id": row["path"],
-                    "speaker": clip["client_id"],
-                    "split": row["split"],
-                }
-
-    return _write_manifest(Path(out), candidates(), report)
-
-
 def read_table(
-    path: Path, columns: Iterable[str], report: Report, escaped: bool = False
+    path: Path, columns: Iterable[str], report: Report, *, escaped: bool = False
 ) -> Iterator[dict[str, str]]:
     """Rows of a tab-separated file with a header; quotes mean nothing.
 
-    With escaped, a backslash stands before a character that is meant as it is, as in CoVoST 2.
-
     Rows with another number of cells than the header are counted in the report and left out.
+
+    Args:   escaped  a backslash stands before a character that is to be taken as it is.
     Raises: FileNotFoundError; ValueError for a missing column, or where it is not UTF-8.
     """
     if not path.is_file():
@@ -592,8 +568,9 @@ def read_table(
                 raise ValueError(f"{path}: no column {missing[0]!r}; the header has {header}")
             for number, line in enumerate(lines, 2):
                 cells = line.rstrip("\r\n").split("\t")
-                if escaped:
-                    cells = [re.sub(r"\\(.)", r"\1", cell) for cell in cells]
+                if escaped and "\\" in line:
+                    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "escapechar": "\\"}
+                    cells = next(csv.reader([line.rstrip("\r\n")], **how))
                 if len(cells) != len(header):
                     report.reject(f"not {len(header)} cells", f"{path}:{number}")
                 else:
@@ -602,35 +579,30 @@ def read_table(
         raise ValueError(f"{path}: not UTF-8 ({error.reason})") from error
 
 
-def directory_manifest(root: Path | str, out: Path | str) -> Report:
-    """Manifest of all audio below a folder; the .txt of the same name is its transcript, if any."""
-    root = Path(root).resolve()
-    if not root.is_dir():
-        raise FileNotFoundError(f"audio folder {root}: no such folder")
-
-    def candidates() -> Iterator[dict]:
-        for path in _audio_files(root.rglob("*")):
-            row = {"audio_filepath": str(path), "id": str(path.relative_to(root).with_suffix(""))}
-            transcript = path.with_suffix(".txt")
-            if transcript.is_file():
-                row["text"] = " ".join(read_lines(transcript)).strip()
-            yield row
-
-    return _write_manifest(Path(out), candidates(), Report())
-
-
 def too_short(seconds: float) -> bool:
     """Whether audio is too short for one encoder frame to be masked and one to be seen."""
     return subsampled_lens(n_frames(round(seconds * SAMPLE_RATE))) < MIN_ENC_FRAMES
 
 
-def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False) -> Report:
+def check_manifest(
+    path: Path,
+    max_audio_s: float = math.inf,
+    read: bool = False,
+    *,
+    workers: int = 8,
+    out: Path | None = None,
+) -> Report:
     """Count good and bad rows of a manifest, where Manifest.read stops at the first bad one.
 
     Rows that training leaves out are counted with the bad ones.
+
+    Args:   read     decode all audio, so many files at a time as there are workers.
+            out      a manifest to write the good rows to, with absolute paths.
+    Raises: FileNotFoundError; ValueError where no row is good.
     """
-    report = Report()
-    for number, _, _, row in parse_rows(read_bytes(path, "manifest")):
+    report, rows = Report(), parse_rows(read_bytes(path, "manifest"))
+
+    def fault_of(row: object) -> tuple[str, str] | None:
         fault = row_fault(row, False)
         if not fault and too_short(row["duration"]):
             fault = "shorter than two encoder frames", f"{row['duration']:g} s"
@@ -638,21 +610,34 @@ def check_manifest(path: Path, max_audio_s: float = math.inf, read: bool = False
             fault = f"longer than --max-audio-s {max_audio_s:g}", f"{row['duration']:g} s"
         if not fault and read:
             fault = _audio_fault(path.parent / row["audio_filepath"], row)
-        if fault:
-            report.reject(fault[0], f"{path}:{number}: {fault[1]}")
-        else:
-            report.accept(row)
-    report.demand_rows(f"manifest {path}")
+        return fault
+
+    def check(sink: io.BufferedWriter | None) -> None:
+        with ThreadPoolExecutor(workers) as pool:
+            while block := list(islice(rows, 1000)):
+                faults = pool.map(fault_of, [row for *_, row in block])
+                for (number, *_, row), fault in zip(block, faults):
+                    if fault:
+                        report.reject(fault[0], f"{path}:{number}: {fault[1]}")
+                        continue
+                    report.accept(row)
+                    if sink:
+                        row["audio_filepath"] = os.path.abspath(path.parent / row["audio_filepath"])
+                        sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        report.demand_rows(f"manifest {path}")
+
+    write_atomically(out, check) if out else check(None)
     return report
 
 
 def _audio_fault(path: Path, row: dict) -> tuple[str, str] | None:
     try:
         seconds = len(read_audio(path, row.get("offset", 0.0), row["duration"])) / SAMPLE_RATE
-    except (ValueError, FileNotFoundError) as error:
-        return "audio cannot be read", str(error)
-    if seconds < row["duration"] - 0.1:
-        return "audio ends before its row does", f"{path}: {seconds:.2f} s of {row['duration']:g} s"
+    except AudioError as error:
+        return f"audio cannot be read: {error.reason}", str(error)
+    if seconds < row["duration"] - MISSING_S:
+        found = f"{one_line(path)}: {seconds:.2f} s of {row['duration']:g} s"
+        return "audio ends before its row does", found
     return None
 
 

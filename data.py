@@ -11,9 +11,10 @@ on (seed, 3, 7) alone, never on the number of workers or ranks, nor on what was 
 run resumes with one integer, the step.
 
 Public:  mask_budget, span_mask, mask_text, spec_augment, row_rng, joint_bucket, BatchPlan,
-         SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, PretrainData,
-         HeldOut, feature_statistics. Commands: tokenizer, manifest, check (their work is done in
-         corpora.py).
+         SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, StandIns,
+         read_rows, PretrainData,
+         HeldOut, feature_statistics. Commands: manifest, text, tokenizer, check (their work is done
+         in importers.py and corpora.py).
 Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
          positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
 Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT
@@ -31,7 +32,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,25 @@ from conformer import (
 )
 from corpora import (
     MIN_ENC_FRAMES,
+    MISSING_S,
+    AudioError,
     Manifest,
+    Report,
     TextCorpus,
     Tokenizer,
     check_manifest,
-    covost_manifest,
-    directory_manifest,
-    librispeech_manifest,
+    one_line,
     parse_rows,
+    paths_of,
     read_audio,
     read_bytes,
-    read_lines,
+    read_text,
     row_fault,
     too_short,
+    write_text,
 )
-from training import TensorBatch
+from importers import IMPORTERS, WORKERS
+from training import RowFault, TensorBatch, check_numbers
 
 # w2v-BERT: a span of 10 frames starts anywhere with p = 0.065, which covers 1 - (1 - p)^10 = 49%.
 SPEECH_MASK, SPEECH_SPAN = 0.49, 10
@@ -84,8 +89,9 @@ REPLACE_BY_MASK, REPLACE_BY_RANDOM = 0.8, 0.1
 # None is 0, since numpy pads a short seed with zeros: [a, b, c] and [a, b, c, 0] are the same seed.
 SPEECH_CROP, SPEECH_MASKING, TEXT_MASKING, PAIR_SPEECH_MASKING, PAIR_TEXT_MASKING = 1, 2, 3, 4, 5
 STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9, 10
-SPEC_AUGMENT = 11
+SPEC_AUGMENT, STAND_IN = 11, 12
 
+MOST_STAND_INS = 20  # rows tried in place of one that cannot be read
 N_JOINT = 8  # combinations of (speech, text, pair) buckets: so many shapes to compile or capture
 # Different transcripts to draw an STM negative from, if those within 10% of its length are so many.
 MIN_CHOICES = 32
@@ -398,6 +404,7 @@ class Batch(TensorBatch):
     speech: SpeechBatch | None = None
     text: TextBatch | None = None
     pairs: PairBatch | None = None
+    faults: list[RowFault] | None = None  # rows that could not be read and were replaced
 
     def counts(self) -> dict[str, float]:
         """What each loss that has data is divided by: predicted positions, or decisions."""
@@ -479,16 +486,83 @@ def row_frames(manifest: Manifest) -> np.ndarray:
 
 
 def read_features(manifest: Manifest, i: int, start: float, seconds: float, at_most: int) -> Tensor:
-    """(F, 80) log-mel of a part of row i. Raises an error of one line naming row and file."""
+    """(F, 80) log-mel of a part of row i. Raises AudioError naming row and file."""
     row = manifest.row(i)
     try:
         wave = read_audio(row["audio_filepath"], row.get("offset", 0.0) + start, seconds)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{manifest.where(i)}: {error}") from error
-    if too_short(len(wave) / SAMPLE_RATE):
-        found = f"{len(wave) / SAMPLE_RATE:.3f} s of audio where the manifest says {seconds:g}"
-        raise ValueError(f"{manifest.where(i)}: {row['audio_filepath']}: {found}")
+    except AudioError as error:
+        raise AudioError(error.message, error.reason, manifest.where(i)) from error
+    found_s = len(wave) / SAMPLE_RATE
+    if found_s < seconds - MISSING_S or too_short(found_s):
+        found = f"{found_s:.3f} s of audio where the manifest says {seconds:g}"
+        message = f"{one_line(row['audio_filepath'])}: {found}"
+        raise AudioError(message, "ends before its row does", manifest.where(i))
     return log_mel(torch.from_numpy(wave))[:at_most]
+
+
+class StandIns:
+    """In training: what takes the place of rows whose audio cannot be read, and what was wrong.
+
+    A row that cannot be read is replaced as a whole, with its text, by a random row of its bucket,
+    and if that cannot be read either, by another one. So shapes stay those of the bucket, no row of
+    a batch is empty, which masks and norms would not bear, and losses are divided by the counts of
+    what was really read. Which row it is follows from (seed, epoch, row) and the files alone, not
+    from ranks, loader processes or what was read before: a resumed run meets the same.
+
+    Neighbours in length would be the simpler choice, but the parts of one long recording are
+    neighbours, and all broken together.
+
+    Args: plan, bucket_len  as they made the batch.
+          stream            the name of the rows in their faults.
+          faults            what cannot be read is added here.
+    """
+
+    def __init__(
+        self, plan: BatchPlan, bucket_len: int, stream: str, faults: list[RowFault]
+    ) -> None:
+        self.plan, self.bucket_len, self.stream, self.faults = plan, bucket_len, stream, faults
+
+    def others(self, row: int, epoch: int) -> Iterator[int]:
+        """Rows that are no longer than the bucket: first its own, then those of shorter buckets."""
+        rng = row_rng(self.plan.seed, epoch, row, STAND_IN)
+        bucket = self.plan.bucket_len.index(self.bucket_len)
+        for rows in reversed(self.plan.rows[: bucket + 1]):
+            yield from (other for other in rng.permutation(rows).tolist() if other != row)
+
+
+def read_rows(
+    read: Callable[[int, int], Tensor],
+    rows: np.ndarray,
+    epochs: np.ndarray,
+    stand_ins: StandIns | None,
+    fits: Callable[[int], bool] = lambda row: True,
+) -> tuple[np.ndarray, list[Tensor]]:
+    """The features of rows, and which rows they are of in the end.
+
+    Args:    read       (row, epoch) -> (F, 80).
+             stand_ins  None: a row that cannot be read is an error, as it should be in evaluation.
+             fits       whether a stand-in fits the batch by what else it holds.
+    Returns: rows (B,) int64, some replaced; their features.
+    Raises:  AudioError; with stand-ins only after MOST_STAND_INS in a row could not be read.
+    """
+    if stand_ins is None:
+        return rows, [read(row, epoch) for row, epoch in zip(rows, epochs)]
+    chosen, features = rows.copy(), []
+    for b, (row, epoch) in enumerate(zip(rows.tolist(), epochs)):
+        candidates = chain([row], filter(fits, stand_ins.others(row, epoch)))
+        for tried in islice(candidates, 1 + MOST_STAND_INS):
+            try:
+                features.append(read(tried, epoch))
+            except AudioError as error:
+                last = error
+                about = (error.where, error.reason, str(error))
+                stand_ins.faults.append(RowFault(stand_ins.stream, *about))
+            else:
+                chosen[b] = tried
+                break
+        else:
+            raise AudioError(f"{last}; nor could the others that fit its place be read")
+    return chosen, features
 
 
 def usable(
@@ -547,8 +621,14 @@ class SpeechRows:
         start = (self._part[row] + shift) * stretch
         return read_features(self.manifest, i, start, seconds, self.lengths[row])
 
-    def collate(self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int) -> SpeechBatch:
-        features = [self.features(row, epoch) for row, epoch in zip(rows, epochs)]
+    def collate(
+        self,
+        rows: np.ndarray,
+        epochs: np.ndarray,
+        bucket_len: int,
+        stand_ins: StandIns | None = None,
+    ) -> SpeechBatch:
+        rows, features = read_rows(self.features, rows, epochs, stand_ins)
         rngs = [row_rng(self.seed, epoch, row, SPEECH_MASKING) for row, epoch in zip(rows, epochs)]
         return _speech_batch(features, rngs, SPEECH_MASK, bucket_len)
 
@@ -724,8 +804,8 @@ class PairRows:
             if len(other):
                 return int(other[0])
 
-    def features(self, i: int) -> Tensor:
-        """(F, 80) log-mel, F at most lengths[i]."""
+    def features(self, i: int, epoch: int = 0) -> Tensor:
+        """(F, 80) log-mel, F at most lengths[i], the same in every epoch."""
         return read_features(self.manifest, i, 0.0, self.manifest.durations[i], self.lengths[i])
 
     def tokens(self, i: int) -> np.ndarray:
@@ -735,7 +815,12 @@ class PairRows:
         return np.concatenate([[CLS_ID], text]).astype(np.int64)
 
     def collate(
-        self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int, text_len: int | None = None
+        self,
+        rows: np.ndarray,
+        epochs: np.ndarray,
+        bucket_len: int,
+        text_len: int | None = None,
+        stand_ins: StandIns | None = None,
     ) -> PairBatch:
         """A batch of bucket_len frames and text_len tokens, or as many as these rows may need.
 
@@ -743,6 +828,8 @@ class PairRows:
         text and once with a foreign one, masked alike, so that the masks do not tell them apart.
         """
         width = int(self.text_room[rows].max()) if text_len is None else text_len
+        fits = self.text_room <= width
+        rows, features = read_rows(self.features, rows, epochs, stand_ins, fits.__getitem__)
 
         def rngs(purpose: int) -> list[np.random.Generator]:
             return [row_rng(self.seed, epoch, row, purpose) for row, epoch in zip(rows, epochs)]
@@ -750,7 +837,6 @@ class PairRows:
         def text_batch(clean: list[np.ndarray], purpose: int) -> TextBatch:
             return _text_batch(clean, rngs(purpose), self.text_mask, width, self.vocab_size)
 
-        features = [self.features(row) for row in rows]
         clean = [self.tokens(row) for row in rows]
         foreign = [self.stm_negative(rng, row) for rng, row in zip(rngs(STM_NEGATIVE), rows)]
         negative = [self.tokens(row) for row in foreign]
@@ -786,14 +872,22 @@ class PretrainData(Dataset):
         self.pair_text_len = pairs[1].bucket_max(pairs[0].text_room) if pairs else {}
 
     def __getitem__(self, step_and_k: tuple[int, int]) -> Batch:
-        streams = {}
+        streams, faults = {}, []
         for name in ("speech", "text", "pairs"):
             if stream := getattr(self, name):
                 rows, plan = stream
                 chosen, epochs, bucket_len = plan.micro_batch(*step_and_k)
                 more = {"text_len": self.pair_text_len[bucket_len]} if name == "pairs" else {}
+                if name != "text":
+                    more["stand_ins"] = StandIns(plan, bucket_len, name, faults)
                 streams[name] = rows.collate(chosen, epochs, bucket_len, **more)
-        return Batch(**streams)
+        return Batch(**streams, faults=faults or None)
+
+    @property
+    def audio_rows(self) -> dict[str, int]:
+        """Number of utterances of each stream that has audio."""
+        streams = {"speech": self.speech, "pairs": self.pairs}
+        return {name: len(its[0].manifest) for name, its in streams.items() if its}
 
 
 def _of_one_stream(name: str, part: Any) -> Batch:
@@ -850,17 +944,23 @@ def feature_statistics(
     Returns: mean (80,), std (80,) float32; std at least 0.01, for bins of digital silence.
     """
     count, total, squares, seconds = 0, np.zeros(N_MELS), np.zeros(N_MELS), 0.0
+    last: object = "all is shorter than two encoder frames"
     for i in np.random.default_rng([seed, STATISTICS]).permutation(len(manifest)):
         part = min(manifest.durations[i], 30.0)
         if too_short(part):
             continue
         if count and seconds + part > max_seconds:
             break
-        features = read_features(manifest, i, 0.0, part, sys.maxsize).double().numpy()  # (F, 80)
+        try:
+            log_mels = read_features(manifest, i, 0.0, part, sys.maxsize)
+        except AudioError as error:  # training will name it
+            last = error
+            continue
+        features = log_mels.double().numpy()  # (F, 80)
         count, seconds = count + len(features), seconds + part
         total, squares = total + features.sum(0), squares + (features**2).sum(0)
     if not count:
-        raise ValueError("feature statistics: no usable audio in the manifest")
+        raise ValueError(f"feature statistics: no usable audio in the manifest ({last})")
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-4))
     return mean.astype(np.float32), std.astype(np.float32)
@@ -869,9 +969,19 @@ def feature_statistics(
 # ------------------------------------------------------------------------------------------ command
 
 
+def _run_text(args: argparse.Namespace) -> None:
+    report = Report()
+    n_documents = write_text(map(Path, args.files), Path(args.out), args.field, report)
+    summary = f"{report.rows} lines in {n_documents} documents"
+    print("\n".join([f"{args.out}: {summary}", *report.left_out()]))
+
+
 def _run_tokenizer(args: argparse.Namespace) -> None:
     def lines() -> Iterator[str]:
-        return (line for name in args.text.split(",") for line in read_lines(Path(name)) if line)
+        paths = paths_of(args.text)
+        return filter(
+            None, (line for path in paths for line in read_text(path, args.field, Report()))
+        )
 
     step = 1
     if args.max_lines:  # evenly spaced, so that every part of the corpus is heard
@@ -883,18 +993,20 @@ def _run_tokenizer(args: argparse.Namespace) -> None:
 
 
 def _run_manifest(args: argparse.Namespace) -> None:
-    splits = args.splits.split(",") if getattr(args, "splits", None) else None
-    if args.layout == "librispeech":
-        report = librispeech_manifest(args.root, args.out, splits)
-    elif args.layout == "covost":
-        report = covost_manifest(args.root, args.out, args.translations, splits)
-    else:
-        report = directory_manifest(args.root, args.out)
+    names = ["workers", *LAYOUT_OPTIONS.get(args.layout, {})]
+    options = {name: getattr(args, name) for name in names}
+    if options.get("splits"):
+        options["splits"] = options["splits"].split(",")
+    check_numbers(args, from_1=("workers",))
+    report = IMPORTERS[args.layout](args.root, args.out, **options)
     print(f"{args.out}: {report}")
 
 
 def _run_check(args: argparse.Namespace) -> None:
-    print(f"{args.manifest}: {check_manifest(Path(args.manifest), args.max_audio_s, args.read)}")
+    check_numbers(args, from_1=("workers",))
+    its = {"workers": args.workers, "out": args.out}
+    report = check_manifest(Path(args.manifest), args.max_audio_s, args.read, **its)
+    print(f"{args.manifest}: {report}")
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer)
         rows = [row for *_, row in parse_rows(read_bytes(Path(args.manifest), "manifest"))]
@@ -905,8 +1017,48 @@ def _run_check(args: argparse.Namespace) -> None:
         print(f"{len(texts)} transcripts: {sizes}")
 
 
+FIELD_HELP = 'key of the text in JSON lines (default: "text" in files named .json or .jsonl)'
+MANIFEST_HELP = (
+    "Of the seven parts of SpeechStew, LibriSpeech, Common Voice, TED-LIUM and AMI are free; WSJ, "
+    "Switchboard/Fisher and Broadcast News are sold by the LDC: prepare them with Kaldi, then use "
+    "`kaldi`. An import that was interrupted goes on where OUT.partial ends."
+)
+# What each layout's importer takes beside root, out and workers: its parameter to the flag's how.
+SPLITS = {"splits": {"help": "comma separated (default all)"}}
+LAYOUT_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "librispeech": SPLITS,
+    "commonvoice": {"splits": {"help": "tables, comma separated (default train,dev,test)"}},
+    "covost": {
+        "tsv": {
+            "required": True,
+            "help": "covost_v2.en_de.tsv, or joined tables, comma separated",
+        },
+        "splits": {"help": "comma separated; train,train_covost is CoVoST's (default all)"},
+    },
+    "librilight": {
+        "segment_s": {
+            "type": float,
+            "default": 30.0,
+            "help": "longest segment in seconds, cut where nobody speaks (default %(default)s)",
+        }
+    },
+    "tedlium": SPLITS,
+    "ami": SPLITS
+    | {
+        "annotations": {
+            "help": "folder with words/ and segments/ (default: ROOT/ami_public_manual_1.6.2)"
+        },
+        "microphone": {
+            "choices": ("ihm", "sdm"),
+            "default": "ihm",
+            "help": "headsets, or the first of the table's array (default %(default)s)",
+        },
+    },
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of data.py: manifest, tokenizer, check."""
+    """The command line of data.py: manifest, text, tokenizer, check."""
     parser = argparse.ArgumentParser(prog="data.py", description="Prepare and check training data.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -916,19 +1068,37 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, default=32000, help="pieces (default 32000, as in the paper)")
     add("--out", required=True, help="model file to write")
     add("--text-case", choices=("lower", "keep"), default="lower", help="(default lower)")
-    add("--max-lines", type=int, help="use about so many lines, evenly spaced (default all)")
+    add("--field", help=FIELD_HELP)
+    add(
+        "--max-lines",
+        type=int,
+        default=1_000_000,
+        help="use about so many lines, evenly spaced over all; 0: all, which must fit into memory "
+        "(default %(default)s)",
+    )
     command.set_defaults(run=_run_tokenizer)
 
-    layouts = commands.add_parser("manifest", help="write the manifest of a corpus")
+    command = commands.add_parser("text", help="join text files into one, documents kept apart")
+    command.add_argument("files", nargs="+", help="plain or gzipped lines, or JSON lines")
+    command.add_argument("--out", required=True, help="text file to write")
+    command.add_argument("--field", help=FIELD_HELP)
+    command.set_defaults(run=_run_text)
+
+    layouts = commands.add_parser(
+        "manifest", help="write the manifest of a corpus", description=MANIFEST_HELP
+    )
     layouts = layouts.add_subparsers(dest="layout", required=True)
-    for layout in ("librispeech", "covost", "directory"):
-        command = layouts.add_parser(layout)
-        command.add_argument("root", help="folder of the corpus")
+    for layout, importer in IMPORTERS.items():
+        about = (importer.__doc__ or "").split("\n")[0]
+        command = layouts.add_parser(layout, help=about, description=about)
+        lists = {"fairseq": "the .tsv", "nemo": "the manifest", "kaldi": "the data folder"}
+        command.add_argument("root", help=lists.get(layout, "folder of the corpus"))
         command.add_argument("out", help="manifest to write (.jsonl)")
-        if layout == "covost":
-            command.add_argument("--translations", required=True, help="covost_v2.en_de.tsv")
-        if layout != "directory":
-            command.add_argument("--splits", help="comma separated (default all)")
+        for name, how in LAYOUT_OPTIONS.get(layout, {}).items():
+            flag = "--translations" if name == "tsv" else f"--{name.replace('_', '-')}"
+            command.add_argument(flag, dest=name, **how)
+        about = "files measured at a time (default %(default)s)"
+        command.add_argument("--workers", type=int, default=WORKERS, help=about)
         command.set_defaults(run=_run_manifest)
 
     command = commands.add_parser("check", help="count rows, hours, speakers and what is wrong")
@@ -937,6 +1107,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="also count tokens with this model")
     add("--max-audio-s", type=float, default=math.inf, help="reject longer rows (default none)")
     add("--read", action="store_true", help="decode every file")
+    add("--workers", type=int, default=WORKERS, help="files at a time (default %(default)s)")
+    add("--out", type=Path, help="write the good rows to this manifest, with absolute paths")
     command.set_defaults(run=_run_check)
     return parser
 

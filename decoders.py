@@ -35,7 +35,7 @@ from conformer import (
 )
 from losses import BLANK_ID
 from rnnt import Hypothesis, Transducer
-from training import TensorBatch
+from training import RowFault, TensorBatch
 
 # --------------------------------------------------------------------------------------------- CTC
 
@@ -559,6 +559,7 @@ class TaskBatch(TensorBatch):
     target_lens: Tensor | None = None  # (B,) int64
     tags: Tensor | None = None  # (B,) int64, which of the head's tags the target has
     labels: Tensor | None = None  # (B,) int64, of a classifier
+    faults: list[RowFault] | None = None  # rows that could not be read and were replaced
 
 
 class TaskModel(nn.Module):

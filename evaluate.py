@@ -135,18 +135,28 @@ class SpeechTaskRows:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    def features(self, i: int, epoch: int) -> Tensor:
+        """(F, 80) log-mel, F at most lengths[i], the same in every epoch."""
+        seconds, most = self.manifest.durations[i], self.lengths[i]
+        return data.read_features(self.manifest, i, 0.0, seconds, most)
+
     def collate(
-        self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int, target_len: int | None = None
+        self,
+        rows: np.ndarray,
+        epochs: np.ndarray,
+        bucket_len: int,
+        target_len: int | None = None,
+        stand_ins: data.StandIns | None = None,
     ) -> TaskBatch:
         """Rows as they are in these epochs, in bucket_len frames and target_len tokens."""
         hidden: dict[str, Tensor] = {}
+        fits = self.target_lens <= (math.inf if target_len is None else target_len)
+        rows, read = data.read_rows(self.features, rows, epochs, stand_ins, fits.__getitem__)
         features, lens = torch.zeros(len(rows), bucket_len, N_MELS), []  # (B, F, 80)
         if self.augment:
             hidden["hidden_frames"] = torch.zeros(len(rows), bucket_len, dtype=torch.bool)
             hidden["hidden_bins"] = torch.zeros(len(rows), N_MELS, dtype=torch.bool)
-        for b, (row, epoch) in enumerate(zip(rows, epochs)):
-            seconds, most = self.manifest.durations[row], self.lengths[row]
-            its = data.read_features(self.manifest, row, 0.0, seconds, most)
+        for b, (row, epoch, its) in enumerate(zip(rows, epochs, read)):
             features[b, : len(its)] = its
             lens.append(len(its))
             if self.augment:
@@ -159,6 +169,7 @@ class SpeechTaskRows:
         return TaskBatch(
             torch.tensor(lens), features, **hidden, targets=targets, target_lens=target_lens,
             tags=torch.tensor([self._tags[i] for i in chosen]),
+            faults=stand_ins and (stand_ins.faults or None),
         )  # fmt: skip
 
 

@@ -183,7 +183,17 @@ class TaskData(Dataset):
 
     def __getitem__(self, step_and_k: tuple[int, int]) -> TaskBatch:
         chosen, epochs, bucket_len = self.plan.micro_batch(*step_and_k)
-        return self.rows.collate(chosen, epochs, bucket_len, self.target_len[bucket_len])
+        its, most = self.rows, self.target_len[bucket_len]
+        if not self.audio_rows:
+            return its.collate(chosen, epochs, bucket_len, most)
+        stand_ins = data.StandIns(self.plan, bucket_len, "train", [])
+        return its.collate(chosen, epochs, bucket_len, most, stand_ins)
+
+    @property
+    def audio_rows(self) -> dict[str, int]:
+        """Number of utterances, if that is what the rows are."""
+        speech = isinstance(self.rows, evaluate.SpeechTaskRows)
+        return {"train": len(self.rows.manifest)} if speech else {}
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -367,9 +377,8 @@ def resolve(args: argparse.Namespace, ranks: Ranks, start: dict[str, Any] | None
         from_0=("lr", "decoder_lr", "seed", "num_workers", "warmup_steps", "decoder_warmup_steps",
                 "weight_decay", "eval_every", "keep_every", "average", "patience"),
         above_0=("grad_clip", "batch_s", "max_audio_s", "max_lattice_gib"),
+        part=("augment", "max_bad_share"),
     )  # fmt: skip
-    if not 0 <= args.augment <= 1:
-        raise ValueError(f"--augment {args.augment}: expected a share from 0 to 1")
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout}: expected a share from 0 to below 1")
     args.dtype = training.resolve_dtype(args.dtype, ranks.device)

@@ -42,6 +42,7 @@ from conformer import (
     valid_mask,
 )
 from corpora import paths_of
+from importers import covost_manifest, librispeech_manifest
 from quantizer import GumbelQuantizer, LinearTarget
 from training import Ranks
 
@@ -403,9 +404,9 @@ def demo_files(root: Path, ranks: Ranks) -> dict[str, str]:
             if path.exists() and path.stat().st_mtime >= stamp.stat().st_mtime:
                 continue
             if name in DEMO_MANIFESTS:
-                data.librispeech_manifest(root / "LibriSpeech", path, DEMO_MANIFESTS[name])
+                librispeech_manifest(root / "LibriSpeech", path, DEMO_MANIFESTS[name])
             elif name in DEMO_TRANSLATIONS:
-                data.covost_manifest(voice, path, voice / table, DEMO_TRANSLATIONS[name])
+                covost_manifest(voice, path, voice / table, DEMO_TRANSLATIONS[name])
             elif name == "tokenizer":
                 with open(files["text"], encoding="utf-8") as lines:
                     data.Tokenizer.train(lines, SIZES["tiny"].vocab_size).save(path)
@@ -736,6 +737,7 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
             setattr(args, name, getattr(size, name))
     training.check_numbers(args, from_1=FLAGS_FROM_1, from_0=FLAGS_FROM_0, above_0=FLAGS_ABOVE_0)
     training.check_numbers(args, share=("tlm_speech_mask", "tlm_text_mask"))
+    training.check_numbers(args, part=("max_bad_share",))
     modalities = tuple(args.modalities.split(","))
     both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
     align = args.align or ("tlm,stm" if both else "none")

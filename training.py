@@ -10,9 +10,9 @@ r of W runs k = r, r+W, ...; a single process runs them all. So W ranks and one 
 same A do the same step.
 
 Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, Rate, make_optimizer, set_rates,
-        load_optimizer, loss_scales, TensorBatch, train, evaluate_sums, means, save_checkpoint,
-        load_checkpoint, find_checkpoint, MetricsLog, check_alarms, follow, run_entry_point,
-        find_start, check_same_run, make_fast, StopSignal, add_arguments.
+        load_optimizer, loss_scales, TensorBatch, RowFault, BadRows, train, evaluate_sums, means,
+        save_checkpoint, load_checkpoint, find_checkpoint, MetricsLog, check_alarms, follow,
+        run_entry_point, find_start, check_same_run, make_fast, StopSignal, add_arguments.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,13 +228,86 @@ class TensorBatch:
 
     def _map(self, move: Callable[[Any], Any]) -> Any:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{k: move(v) for k, v in values.items() if v is not None})
+        moved = {k: move(v) for k, v in values.items() if isinstance(v, (Tensor, TensorBatch))}
+        return dataclasses.replace(self, **moved)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Any:
         return self._map(lambda value: value.pin_memory())
+
+
+class RowFault(NamedTuple):
+    """A row of training data that could not be read; another took its place."""
+
+    stream: str  # one of the dataset's audio_rows
+    where: str  # file and line
+    reason: str  # the same of all rows with the same fault
+    message: str  # one line that names the file
+
+
+class BadRows:
+    """All rows of a run that could not be read: named once, and not to be too many.
+
+    Which rows those are is agreed on by all ranks when they log, so that they all go on or all
+    stop. Rows are counted, not readings: the share is of the rows there are.
+
+    Args: audio_rows  number of rows of each stream, {} where none can be unreadable.
+          max_share   of a stream's rows.
+    """
+
+    def __init__(self, audio_rows: dict[str, int], max_share: float) -> None:
+        self.audio_rows, self.max_share = audio_rows, max_share
+        self._new: dict[tuple[str, str], RowFault] = {}
+        self.known: dict[tuple[str, str], RowFault] = {}
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; what could not be read for them is noted."""
+        for batch in batches:
+            for fault in getattr(batch, "faults", None) or ():
+                self._new.setdefault((fault.stream, fault.where), fault)
+            yield batch
+
+    def name(self, ranks: Ranks) -> list[str]:
+        """Share with all ranks what is new, and print it -> the streams that have something new.
+
+        To be called on all ranks.
+        """
+        if not self.audio_rows:
+            return []
+        found = {key: fault for key, fault in self._new.items() if key not in self.known}
+        new = [fault for key, fault in ranks.union(found).items() if key not in self.known]
+        named = {fault.where for fault in self.known.values()}
+        for fault in sorted(new):
+            if fault.where not in named:
+                ranks.log(f"cannot be read, another row is used: {fault.message}")
+            named.add(fault.where)
+            self.known[fault.stream, fault.where] = fault
+        self._new = {}
+        return sorted({fault.stream for fault in new})
+
+    def agree(self, ranks: Ranks) -> None:
+        """Name what is new, and stop if it is too much. To be called on all ranks.
+
+        Raises: ValueError on all ranks where a stream has too many of them.
+        """
+        for stream in self.name(ranks):
+            summary, share = self.summary(stream)
+            ranks.log(summary)
+            if share > self.max_share:
+                raise ValueError(
+                    f"{summary}, above --max-bad-share {self.max_share:g}: mend them, take them "
+                    "out (data.py check --read --out), or raise it"
+                )
+
+    def summary(self, stream: str) -> tuple[str, float]:
+        """What is known of a stream in one line, and the share of its rows that are bad."""
+        reasons = Counter(fault.reason for fault in self.known.values() if fault.stream == stream)
+        n_bad, n_rows = reasons.total(), self.audio_rows[stream]
+        counted = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+        about = f"{stream}: {n_bad} of {n_rows} rows cannot be read ({100 * n_bad / n_rows:.2g}%)"
+        return f"{about}: {counted}", n_bad / n_rows
 
 
 class StopSignal:
@@ -730,11 +804,13 @@ def follow(
 ) -> int:
     """Train, and log, evaluate and save on the way: all that a run leaves in its folder.
 
-    Args:    dataset       item (step, k) is micro-batch k of optimiser step `step`.
+    Args:    dataset       item (step, k) is micro-batch k of optimiser step `step`. Rows that could
+                           not be read are in its `faults`, and of how many in `audio_rows`, if any.
              about         goes into config.json, beside the command line.
              save(step)    writes a checkpoint; evaluate(step) is called on all ranks.
              evaluate_first  evaluate start_step before going on: the run was killed there.
     Returns: 0, or the number of the signal that stopped it.
+    Raises:  ValueError for more unreadable rows than --max-bad-share.
     """
     log = None
     if ranks.rank == 0:
@@ -747,7 +823,10 @@ def follow(
     n_codes = model.config.n_codes if hasattr(model, "quantizer") else None
     ringing: set[str] = set()
 
+    bad_rows = BadRows(getattr(dataset, "audio_rows", {}), args.max_bad_share)
+
     def on_log(step: int, metrics: dict[str, float]) -> None:
+        bad_rows.agree(ranks)
         if ranks.rank == 0:
             log.write(step, metrics)
             show(step, progress_line(step, args, metrics, model.loss_names))
@@ -773,9 +852,10 @@ def follow(
         pin_memory=ranks.device.type == "cuda", worker_init_fn=leave_signals_to_the_loop,
     )  # fmt: skip
     stopped_by = train(
-        model, iter(loader), args, ranks, start_step,
+        model, bad_rows.watch(loader), args, ranks, start_step,
         optimizer=optimizer, on_log=on_log, on_save=save, on_eval=evaluate and on_eval,
     )  # fmt: skip
+    bad_rows.name(ranks)  # those since the last line, if a signal came between
     if not stopped_by and ranks.rank == 0:
         ranks.log(f"curves: {draw_curves(args.out_dir, model.loss_names)}")
     return stopped_by
@@ -801,7 +881,7 @@ def run_entry_point(run: Callable[[Ranks], int]) -> None:
 
 
 def check_numbers(args: argparse.Namespace, **names: Iterable[str]) -> None:
-    """Refuse numbers that cannot be: options `from_1`, `from_0`, `above_0`, or `share`s.
+    """Refuse numbers that cannot be: options `from_1`, `from_0`, `above_0`, `share`s or `part`s.
 
     Raises: ValueError naming the flag.
     """
@@ -810,6 +890,7 @@ def check_numbers(args: argparse.Namespace, **names: Iterable[str]) -> None:
         "from_0": (lambda value: value >= 0, "must not be negative"),
         "above_0": (lambda value: 0 < value < math.inf, "must be above 0"),
         "share": (lambda value: 0 < value < 1, "expected a share between 0 and 1"),
+        "part": (lambda value: 0 <= value <= 1, "expected a share from 0 to 1"),
     }
     for rule, its_names in names.items():
         fits, expected = rules[rule]
@@ -978,6 +1059,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=20,
         help="non-finite steps in a row that end the run (%(default)s)",
+    )
+    add(
+        "--max-bad-share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of rows with unreadable audio that ends the run; fewer are replaced and named "
+        "(default: %(default)s)",
     )
     add = parser.add_argument_group("output").add_argument
     add(

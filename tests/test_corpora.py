@@ -1,6 +1,8 @@
 """Readers of distributed corpora: files laid out as they are published, and what is wrong there."""
 
+import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import soundfile
 
 import corpora
 import data
-from corpora import SpokenToken, TextExample, covost_manifest, read_glue, read_textnorm
+from corpora import SpokenToken, TextExample, read_glue, read_textnorm
+from importers import covost_manifest
 
 # ---------------------------------------------------------------------------------------- GLUE
 
@@ -244,7 +247,7 @@ def test_translations_are_joined_with_the_clips_by_path(common_voice, tmp_path):
     assert report.rows == 3 and report.counts() == {
         "path is not in validated.tsv": 1,
         "empty sentence or translation": 1,
-        "cannot decode audio": 1,
+        "no such audio file": 1,
     }
 
 
@@ -288,6 +291,127 @@ def test_faults_of_covost_are_one_line(common_voice, tmp_path, capsys):
     (common_voice / "validated.tsv").unlink()
     assert "validated.tsv: no such file" in error(table)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------- text files
+
+
+def zipped(path: Path, text: str) -> Path:
+    path.write_bytes(gzip.compress(text.encode()))
+    return path
+
+
+def text_command(capsys, *command: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = data.main(["text", *map(str, command)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_text_of_any_kind_is_joined_with_one_blank_line_between_documents(tmp_path, capsys):
+    plain = tmp_path / "a.txt"
+    plain.write_text("\ufeff\n\n  one \ntwo\r\n\n\n \t\nthree\n\n", encoding="utf-8")
+    lm = zipped(tmp_path / "librispeech-lm-norm.txt.gz", "FOUR\nFIVE")
+    shard = [
+        {
+            "text": "Six.\n\n\nSeven\u2028Eight ",
+            "timestamp": "2019-04-25T12:57:54Z",
+            "url": "http://x",
+        },
+        {"text": " \n "},
+        {"url": "no text"},
+        {"text": None},
+        {"text": "half \ud800"},
+        ["text"],
+        {"text": "Neun \u00fc\x0bzehn"},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in shard) + '\n{"text": "cut in the midd'
+    mc4 = zipped(tmp_path / "c4-en.tfrecord-00000-of-00002.json.gz", lines)
+    out = tmp_path / "out" / "text.txt"
+    status, printed, _ = text_command(capsys, plain, lm, mc4, plain, "--out", out)
+    assert status == 0
+    documents = "one\ntwo\n\nthree\n", "FOUR\nFIVE\n", "Six.\nSeven\nEight\n", "Neun \u00fc\nzehn\n"
+    assert out.read_text(encoding="utf-8") == "\n".join([*documents, documents[0]])
+    assert f"{out}: 13 lines in 7 documents" in printed
+    assert 'rejected 5: not a JSON object with text in "text"' in printed
+    assert f"{mc4}:3" in printed
+
+
+def test_json_lines_may_have_their_text_in_another_field_and_any_name(tmp_path, capsys):
+    path, out = tmp_path / "wiki", tmp_path / "text.txt"
+    path.write_text('{"body": "A"}\n{"text": "B"}\n{"body": "C\\nD"}\n')
+    status, printed, _ = text_command(capsys, path, "--out", out, "--field", "body")
+    assert status == 0 and out.read_text() == "A\n\nC\nD\n"
+    assert 'rejected 1: not a JSON object with text in "body"' in printed
+
+
+def test_text_faults_are_one_line_and_leave_no_file(tmp_path, capsys):
+    whole = gzip.compress("some text\n".encode() * 1000)
+    (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "broken.gz").write_bytes(whole[:20] + b"\xff" * 20 + whole[40:])
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "no.jsonl").write_text("{}\n")
+    for name, words in (
+        ("cut.gz", "broken gzip, or cut short"), ("broken.gz", "broken gzip, or cut short"),
+        ("latin.txt", "not UTF-8"), ("blank.txt", "0 usable rows"), ("absent.txt", "no such file"),
+        ("no.jsonl", "0 usable rows"),
+    ):  # fmt: skip
+        status, _, error = text_command(capsys, tmp_path / name, "--out", tmp_path / "out.txt")
+        assert status == 2 and words in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out.txt").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_text_goes_through_line_by_line(tmp_path, capsys):
+    """Memory stays that of a line, whatever the file's size: corpora have hundreds of gigabytes."""
+    path = zipped(tmp_path / "long.txt.gz", "a line of some length that is there again\n" * 400_000)
+    tracemalloc.start()
+    status, printed, _ = text_command(capsys, path, "--out", tmp_path / "text.txt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert status == 0 and "400000 lines in 1 documents" in printed and peak < 4e6
+
+
+def test_a_tokenizer_reads_zipped_and_json_text_and_only_a_part_of_much(tmp_path, monkeypatch):
+    words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrs"]
+    lines = [" ".join(words[i % 125] for i in range(n, n + 6)) for n in range(3000)]
+    zipped(tmp_path / "a.txt.gz", "\n".join(lines))
+    rows = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (tmp_path / "b.jsonl").write_text(rows)
+    (tmp_path / "c.txt").write_text("\n".join(lines))
+    command = ["tokenizer", "--vocab-size", "150"]
+    seen, train = [], corpora.Tokenizer.train
+
+    def watched(lines, *more):
+        kept = list(lines)
+        seen.append(kept)
+        return train(kept, *more)
+
+    monkeypatch.setattr(corpora.Tokenizer, "train", watched)
+    models = []
+    for name in ("a.txt.gz", "b.jsonl", "c.txt"):
+        model = tmp_path / f"{name}.model"
+        assert data.main([*command, "--text", str(tmp_path / name), "--out", str(model)]) == 0
+        models.append(model.read_bytes())
+    assert models[0] == models[1] == models[2] and seen[0] == seen[1] == seen[2] == lines
+    texts = ",".join(str(tmp_path / name) for name in ("a.txt.gz", "b.jsonl"))
+    few = ["--text", texts, "--out", str(tmp_path / "few.model"), "--max-lines", "200"]
+    assert data.main([*command, *few]) == 0
+    assert seen[-1] == lines[::30] + lines[::30]
+
+
+def test_tokens_are_made_of_zipped_text_too(tmp_path):
+    lines = ["the cat sees a dog", "a ship finds the house"] * 50
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    zipped(tmp_path / "b.txt.gz", "\n".join(lines))
+    tokenizer = corpora.Tokenizer.train(lines, 60)
+    plain, packed = (
+        corpora.TextCorpus.open([tmp_path / name], tokenizer) for name in ("a.txt", "b.txt.gz")
+    )
+    assert plain.fingerprint == packed.fingerprint
+    zipped(tmp_path / "c.json.gz", '{"text": "a cat"}\n')
+    with pytest.raises(ValueError, match="c.json.gz: JSON lines; make plain ones .*data.py text"):
+        corpora.TextCorpus.open([tmp_path / "c.json.gz"], tokenizer)
 
 
 # --------------------------------------------------------------------------------------- manifests

@@ -1,8 +1,10 @@
 """Properties of data.py: what is in a row, a mask, a plan, a batch, whoever asks for it."""
 
+import argparse
 import json
 import os
 import pickle
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import corpora
 import data
 import training
 from conformer import CLS_ID, MASK_ID, N_MELS, N_SPECIAL, PAD_ID, SEP_ID, n_frames, subsampled_lens
+from importers import librispeech_manifest
+from losses import Loss
 
 WORDS = "the a red old cat dog ship house sees likes finds and two three under near big".split()
 
@@ -90,7 +94,7 @@ def tensors_of(batch: data.Batch) -> dict[str, torch.Tensor]:
     def walk(name, value):
         if isinstance(value, torch.Tensor):
             found[name] = value
-        elif value is not None:
+        elif isinstance(value, training.TensorBatch):
             for key, part in vars(value).items():
                 walk(f"{name}.{key}", part)
 
@@ -235,7 +239,7 @@ def test_stereo_is_mixed_down_by_the_mean(tmp_path):
 
 
 def test_unusable_audio_is_one_clear_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no.wav: no such audio file"):
+    with pytest.raises(corpora.AudioError, match="no.wav: no such audio file"):
         data.read_audio(tmp_path / "no.wav")
     (tmp_path / "bad.flac").write_bytes(b"not audio at all")
     with pytest.raises(ValueError, match="bad.flac: cannot decode audio"):
@@ -994,7 +998,7 @@ def test_bad_audio_in_training_names_row_and_file(tmp_path):
     speech = data.SpeechRows(
         data.Manifest.read([write_manifest(tmp_path / "m.jsonl", rows)]), 5.0, seed=0
     )
-    with pytest.raises(FileNotFoundError, match="m.jsonl:1: .*no.wav: no such audio file"):
+    with pytest.raises(corpora.AudioError, match="m.jsonl:1: .*no.wav: no such audio file"):
         speech.features(0, 0)
     with pytest.raises(ValueError, match="m.jsonl:2: .*bad.wav: cannot decode"):
         speech.features(1, 0)
@@ -1002,6 +1006,299 @@ def test_bad_audio_in_training_names_row_and_file(tmp_path):
         ValueError, match="m.jsonl:3: .*short.wav: 0.031 s of audio where the manifest says 1"
     ):
         speech.features(2, 0)
+
+
+# ------------------------------------------------------------------------------- unreadable audio
+
+
+def damaged_rows(root: Path, monkeypatch) -> dict[str, tuple[dict, str]]:
+    """One row of each kind of damage: name to (row, reason)."""
+    write_wave(root / "whole.flac", 2.0)
+    write_wave(root / "long.flac", 20.0)
+    write_wave(root / "short.wav", 1.0)
+    whole = (root / "whole.flac").read_bytes()
+    (root / "truncated.flac").write_bytes(whole[: len(whole) // 2])
+    (root / "empty.wav").write_bytes(b"")
+    (root / "text.wav").write_text("A transcript that somebody gave the wrong name.\n" * 50)
+    (root / "line\nend.wav").write_text("no audio")
+    soundfile.write(root / "no samples.wav", np.zeros(0), 16000)
+    samples = np.zeros(32000)
+    samples[20000] = np.nan
+    soundfile.write(root / "nan.wav", samples, 16000, subtype="FLOAT")
+    (root / "dangling.wav").symlink_to(root / "nothing.wav")
+    write_wave(root / "shut.wav", 2.0)
+    opens = soundfile.SoundFile
+
+    def sound_file(path, *args):
+        if str(path).endswith("shut.wav"):
+            raise PermissionError(13, "Permission denied")
+        return opens(path, *args)
+
+    monkeypatch.setattr(soundfile, "SoundFile", sound_file)
+    cannot, ends = "cannot decode audio", "ends before its row does"
+    kinds = {
+        "truncated.flac": ({}, cannot),
+        "empty.wav": ({}, cannot),
+        "text.wav": ({}, cannot),
+        "line\nend.wav": ({}, cannot),
+        "no samples.wav": ({}, "no audio"),
+        "nan.wav": ({}, "holds NaN or infinite samples"),
+        "dangling.wav": ({}, "a link to nothing"),
+        "absent.wav": ({}, "no such audio file"),
+        "shut.wav": ({}, cannot),
+        "short.wav": ({}, ends),
+        "long.flac": ({"offset": 19.0}, ends),
+        "whole.flac": ({"offset": 19.0}, "no audio"),
+    }
+    return {
+        name: ({"audio_filepath": name, "duration": 2.0, **more}, reason)
+        for name, (more, reason) in kinds.items()
+    }
+
+
+@pytest.fixture
+def damaged(tmp_path, monkeypatch):
+    """(manifest, reason by `file:line`): twelve rows that cannot be read among 30 that can, of
+    which one has eight channels, one 192 kHz, one lies late in a long file, one has an odd name."""
+    bad = damaged_rows(tmp_path, monkeypatch)
+    write_wave(tmp_path / "eight.wav", 2.0, channels=8)
+    write_wave(tmp_path / "fast.wav", 2.0, rate=192_000)
+    write_wave(tmp_path / "odd\n\u00fc\u2028name.wav", 2.0)
+    rows = [row | {"text": f"bad {name}"} for name, (row, _) in bad.items()]
+    good = [{"audio_filepath": "long.flac", "duration": 1.9 + i / 100} for i in range(26)]
+    good += [
+        {"audio_filepath": name, "duration": 2.0}
+        for name in ("eight.wav", "fast.wav", "odd\n\u00fc\u2028name.wav")
+    ]
+    good.append({"audio_filepath": "long.flac", "duration": 2.0, "offset": 17.5})
+    rows += [row | {"text": text} for row, text in zip(good, sentences(30))]
+    path = write_manifest(tmp_path / "m.jsonl", rows)
+    reasons = {f"{path}:{i}": reason for i, (_, reason) in enumerate(bad.values(), 1)}
+    return data.Manifest.read([path]), reasons
+
+
+def speech_and_pairs(manifest, tokenizer, seed=3) -> data.PretrainData:
+    plan = {"micro_batches": 2, "seed": seed}
+    speech = data.SpeechRows(manifest, 5.0, seed)
+    pairs = data.PairRows(manifest, tokenizer, 5.0, seed)
+    return data.PretrainData(
+        speech=(speech, data.BatchPlan(speech.lengths, 3000, stream=0, **plan)),
+        pairs=(pairs, data.BatchPlan(pairs.lengths, 3000, stream=2, **plan)),
+    )
+
+
+def test_each_kind_of_damage_is_an_error_where_every_row_counts(damaged):
+    """Held-out passes read the rows as they are asked to: a score must not lack any."""
+    manifest, reasons = damaged
+    rows = data.SpeechRows(manifest, 5.0, 0)
+    for i in range(len(manifest)):
+        if manifest.where(i) not in reasons:
+            assert len(rows.features(i, 0)) == rows.lengths[i]
+            continue
+        with pytest.raises(corpora.AudioError) as caught:
+            rows.features(i, 0)
+        assert caught.value.reason == reasons[manifest.where(i)]
+        message = str(caught.value)
+        name = corpora.one_line(manifest.row(i)["audio_filepath"])
+        assert message.startswith(f"{manifest.where(i)}: {name}") and message.isprintable()
+    with pytest.raises(corpora.AudioError):
+        list(data.HeldOut({"speech": rows}, {"speech": 1000}))
+
+
+def test_unreadable_rows_are_replaced_by_others_of_their_bucket_and_named(damaged, tokenizer):
+    manifest, reasons = damaged
+    stream = speech_and_pairs(manifest, tokenizer)
+    found: dict[str, dict[str, str]] = {"speech": {}, "pairs": {}}
+    for step in range(60):
+        for k in range(2):
+            batch = stream[step, k]
+            for name, (rows, plan) in (("speech", stream.speech), ("pairs", stream.pairs)):
+                asked, _, bucket_len = plan.micro_batch(step, k)
+                speech = batch.speech if name == "speech" else batch.pairs.speech
+                assert len(speech.feature_lens) == len(asked)
+                assert subsampled_lens(int(speech.feature_lens.min())) >= 2
+                assert int(speech.feature_lens.max()) <= bucket_len == speech.features.shape[1]
+                for row, length in zip(asked, speech.feature_lens.tolist()):
+                    if rows.manifest.where(row) not in reasons:
+                        assert length == rows.lengths[row]  # as if nothing had been the matter
+            counts = batch.counts()
+            assert counts["tlm_speech"] == batch.pairs.speech.masked.sum()
+            assert counts["code_mlm"] == batch.speech.masked.sum()
+            for fault in batch.faults or ():
+                found[fault.stream][fault.where] = fault.reason
+    assert found == {"speech": reasons, "pairs": reasons}
+    assert stream.audio_rows == {"speech": 42, "pairs": 42}
+
+
+def test_a_stand_in_comes_with_its_own_text(damaged, tokenizer):
+    manifest, reasons = damaged
+    rows, plan = speech_and_pairs(manifest, tokenizer).pairs
+    faults = []
+    for bucket, bucket_len in enumerate(plan.bucket_len):
+        asked, epochs = plan.rows[bucket].astype(np.int64), np.zeros(len(plan.rows[bucket]), int)
+        stand_ins = data.StandIns(plan, bucket_len, "pairs", faults)
+        batch = rows.collate(asked, epochs, bucket_len, 60, stand_ins)
+        bad = {i for i in asked.tolist() if rows.manifest.where(i) in reasons}
+        texts = {i: rows.tokens(i).tolist() for i in range(len(rows.lengths))}
+        for i, length, text, of_text in zip(
+            asked.tolist(), batch.speech.feature_lens, batch.clean_tokens, batch.text.lens
+        ):
+            there = [j for j in texts if texts[j] == text[:of_text].tolist()]
+            assert there and length in rows.lengths[there]
+            assert (i in there) == (i not in bad)
+    assert {fault.where for fault in faults} == set(reasons)
+
+
+def test_stand_ins_are_the_same_whoever_reads_and_whenever(damaged, tokenizer):
+    """So two ranks equal one process, loader processes change nothing, and a run resumes."""
+    manifest, _ = damaged
+    order = [(step, k) for step in range(8) for k in (0, 1)]
+    stream = speech_and_pairs(manifest, tokenizer)
+    here = {place: stream[place] for place in order}
+    assert any(batch.faults for batch in here.values())
+    for n_workers, its_order in ((2, order), (0, order[::2]), (0, order[9:])):
+        fresh = speech_and_pairs(manifest, tokenizer)
+        loader = DataLoader(fresh, batch_size=None, sampler=its_order, num_workers=n_workers)
+        for place, batch in zip(its_order, loader):
+            assert_same(here[place], batch)
+            assert here[place].faults == batch.faults
+
+
+def test_stand_ins_never_leave_the_bucket_while_it_has_others():
+    plan = make_plan(np.arange(1, 801))
+    for bucket, bucket_len in enumerate(plan.bucket_len):
+        row = int(plan.rows[bucket][3])
+        stand_ins = data.StandIns(plan, bucket_len, "speech", [])
+        others, own = list(stand_ins.others(row, 0)), set(plan.rows[bucket].tolist()) - {row}
+        assert set(others[: len(own)]) == own and others == list(stand_ins.others(row, 0))
+        assert sorted(others + [row]) == list(range(plan.rows[bucket].max() + 1))
+        assert others != list(stand_ins.others(row, 1))
+
+
+def test_a_long_recording_that_is_broken_does_not_end_the_run(tmp_path):
+    """Its parts have one length, so all that lie beside one of them are broken, too."""
+    write_wave(tmp_path / "a.wav", 3.0)
+    (tmp_path / "long.wav").write_bytes(b"RIFF")
+    rows = [{"audio_filepath": "a.wav", "duration": 2.0}] * 100
+    rows.insert(50, {"audio_filepath": "long.wav", "duration": 80.0})
+    manifest = data.Manifest.read([write_manifest(tmp_path / "m.jsonl", rows)])
+    speech = data.SpeechRows(manifest, 2.0, 0)
+    plan = data.BatchPlan(speech.lengths, 3000, micro_batches=1, seed=0, stream=0)
+    stream = data.PretrainData(speech=(speech, plan))
+    faults = [fault for step in range(20) for fault in stream[step, 0].faults or ()]
+    assert len(faults) > 20 and {fault.where for fault in faults} == {f"{tmp_path}/m.jsonl:51"}
+
+
+def test_a_disk_that_is_not_there_ends_the_run_at_once(tmp_path, tokenizer):
+    rows = [{"audio_filepath": f"{i}.wav", "duration": 1 + i / 50} for i in range(200)]
+    manifest = data.Manifest.read([write_manifest(tmp_path / "m.jsonl", rows)])
+    speech = data.SpeechRows(manifest, 5.0, 0)
+    plan = data.BatchPlan(speech.lengths, 3000, micro_batches=1, seed=0, stream=0)
+    with pytest.raises(corpora.AudioError, match="no such audio file; nor could the others") as e:
+        data.PretrainData(speech=(speech, plan))[0, 0]
+    assert str(e.value).isprintable()
+    with pytest.raises(ValueError, match="no usable audio in the manifest .*no such audio file"):
+        data.feature_statistics(manifest)
+
+
+def test_feature_statistics_pass_over_what_cannot_be_read(damaged):
+    manifest, reasons = damaged
+    mean, std = data.feature_statistics(manifest)
+    good = manifest.filtered(np.array([p not in reasons for p in manifest.places()]))
+    again = data.feature_statistics(good)
+    assert np.allclose(mean, again[0], atol=1e-4) and np.allclose(std, again[1], atol=1e-4)
+
+
+class Listener(torch.nn.Module):
+    """The least that training.follow can train on speech."""
+
+    loss_names = ("level",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(N_MELS, 1)
+
+    def counts(self, batch):
+        return {"level": float(batch.speech.feature_lens.sum())}
+
+    def step_done(self):
+        pass
+
+    def forward(self, batch):
+        error = self.linear(batch.speech.features).square().sum()
+        return {"level": Loss(error, batch.speech.feature_lens.sum())}, {}
+
+
+@pytest.fixture
+def listen(damaged, tokenizer, tmp_path):
+    """Train for 30 steps on the damaged set."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(**changes) -> list[dict]:
+        known = dict(
+            max_steps=30, micro_batches=2, lr=1e-3, warmup_steps=2, grad_clip=5.0, seed=0,
+            dtype="fp32", log_every=10, save_every=100, eval_every=0, max_bad_steps=20,
+            loss_weights={}, max_bad_share=0.5, num_workers=0, out_dir=tmp_path / "run",
+        )  # fmt: skip
+        args, model = argparse.Namespace(**known | changes), Listener()
+        optimizer = training.make_optimizer(model, 0.01)
+        training.follow(
+            model, speech_and_pairs(damaged[0], tokenizer), args,
+            training.Ranks(0, 0, 1, torch.device("cpu")), 0, optimizer=optimizer, about={},
+            save=lambda step: None, evaluate=None,
+        )  # fmt: skip
+        return training.read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+    yield run
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_goes_on_and_names_each_unreadable_file_once(damaged, listen, capsys, num_workers):
+    manifest, reasons = damaged
+    metrics = listen(num_workers=num_workers)
+    assert [row["step"] for row in metrics] == [10, 20, 30]
+    assert all(np.isfinite(row["loss/level"]) for row in metrics)
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if line.startswith("cannot be read, another row is used: ")]
+    assert len(named) == len(reasons)
+    for i in range(len(reasons)):
+        name = corpora.one_line(manifest.row(i)["audio_filepath"])
+        assert sum(f"{manifest.where(i)}: {name}" in line for line in named) == 1
+    summary = [line for line in lines if line.startswith("speech: 12 of 42 rows cannot be read")]
+    assert len(summary) == 1 and "(29%): 5 cannot decode audio, 2 " in summary[0]
+
+
+def test_more_unreadable_rows_than_allowed_end_the_run_with_what_to_do(listen, capsys):
+    with pytest.raises(ValueError, match=r"above --max-bad-share 0\.2: mend them") as caught:
+        listen(max_bad_share=0.2)
+    assert str(caught.value).isprintable() and "rows cannot be read" in str(caught.value)
+    with pytest.raises(ValueError, match="--max-bad-share 0: "):
+        listen(max_bad_share=0.0)
+
+
+def test_ranks_agree_on_the_rows_that_cannot_be_read(capsys):
+    """Each rank meets others; all must count the same, or only one of them would stop."""
+    faults = [
+        training.RowFault("speech", f"m.jsonl:{i}", "no audio", f"m.jsonl:{i}: a.wav: no audio")
+        for i in range(3)
+    ]
+
+    class Pair(training.Ranks):
+        def union(self, own):
+            return {(f.stream, f.where): f for f in faults}
+
+    both = [training.BadRows({"speech": 100}, 0.02) for _ in range(2)]
+    for rank, bad_rows in enumerate(both):
+        batch = data.Batch(faults=faults[rank : rank + 2])
+        assert list(bad_rows.watch([batch])) == [batch]
+        quiet = training.BadRows({"speech": 100}, 0.0)
+        assert quiet.name(Pair(1, 1, 2, torch.device("cpu"))) == ["speech"]  # names, never stops
+        with pytest.raises(ValueError, match=r"speech: 3 of 100 rows cannot be read \(3%\)"):
+            bad_rows.agree(Pair(rank, rank, 2, torch.device("cpu")))
+    assert both[0].known == both[1].known and len(both[0].known) == 3
+    assert capsys.readouterr().out.count("another row is used") == 3  # rank 0 alone prints
 
 
 def text_pairs(root: Path, texts: list[str], tokenizer) -> data.PairRows:
@@ -1069,7 +1366,10 @@ def test_few_transcripts_widen_the_search_and_one_is_an_error(tmp_path, tokenize
 def test_feature_statistics_standardise_the_features(manifest):
     mean, std = data.feature_statistics(manifest)
     frames = np.concatenate(
-        [data.read_features(manifest, i, 0, 9, 10**6).numpy() for i in range(len(manifest))]
+        [
+            data.read_features(manifest, i, 0, seconds, 10**6).numpy()
+            for i, seconds in enumerate(manifest.durations)
+        ]
     )
     assert mean.shape == std.shape == (N_MELS,) and mean.dtype == std.dtype == np.float32
     assert (
@@ -1111,7 +1411,7 @@ def test_librispeech_becomes_a_manifest(libri, tmp_path, capsys):
     ).is_file()
     assert not Path(json.loads(out.read_text().splitlines()[0])["audio_filepath"]).is_absolute()
     assert np.allclose(m.durations[:3], [1, 1.5, 2], atol=0.05) and row["text"].isupper()
-    report = data.librispeech_manifest(
+    report = librispeech_manifest(
         libri.parent, tmp_path / "x" / "some.jsonl", ["train-a"]
     )  # the folder above
     assert (
@@ -1129,7 +1429,7 @@ def test_what_librispeech_lacks_is_reported(libri, tmp_path):
     write_wave(chapter / "10-7-0009.flac", 1)
     with (chapter / "10-7.trans.txt").open("a") as lines:
         lines.write("10-7-0002 TWICE\n")
-    report = data.librispeech_manifest(libri, tmp_path / "m.jsonl", ["train-a"])
+    report = librispeech_manifest(libri, tmp_path / "m.jsonl", ["train-a"])
     assert report.rows == 4
     assert {reason: count for reason, (count, _) in report.rejected.items()} == {
         "transcript without audio, or a second one": 2,
@@ -1193,6 +1493,12 @@ def test_check_counts_what_is_wrong(tmp_path, tokenizer, capsys):
         and "audio cannot be read" in out
         and "audio ends before its row does" in out
     )
+    out = tmp_path / "elsewhere" / "good.jsonl"
+    assert data.main(["check", str(path), "--read", "--workers", "2", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {**good, "audio_filepath": f"{tmp_path}/a.wav"}
+    ]
     assert data.main(["check", str(path), "--max-audio-s", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "0 usable rows" in error and error.count("\n") == 1

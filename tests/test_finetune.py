@@ -713,6 +713,67 @@ def test_a_transducers_micro_batches_are_bounded_by_their_lattices(paths, tmp_pa
     )
 
 
+# -------------------------------------------------------------------------------- unreadable audio
+
+
+def damaged_speech(root: Path) -> tuple[Path, set[str]]:
+    """24 utterances, three of which cannot be read -> manifest, ids of those."""
+    manifest = small_tasks.write_speech(root, 24, 5)
+    (root / "3.wav").write_bytes(b"")
+    (root / "11.wav").unlink()
+    (root / "17.wav").write_text("no audio")
+    return manifest, {"u3", "u11", "u17"}
+
+
+@pytest.mark.parametrize("head", ["ctc", "rnnt"])
+def test_unreadable_utterances_are_replaced_with_their_targets(paths, tmp_path, head):
+    manifest, bad = damaged_speech(tmp_path / "asr")
+    arguments = options(paths | {"asr": manifest}, "asr", tmp_path / "run", "--head", head)
+    run = finetune.prepare(finetune.parse_arguments(arguments), ALONE)
+    rows, batches = run.train.rows, finetune.TaskData(run.train.rows, run.plan)
+    assert batches.audio_rows == {"train": len(rows.manifest)}
+    targets = {i: rows._targets[rows.kept[i]] for i in range(len(rows.kept))}
+    named = set()
+    for step in range(24):
+        batch = batches[step, 0]
+        asked = run.plan.micro_batch(step, 0)[0].tolist()
+        named |= {fault.where for fault in batch.faults or ()}
+        for b, row in enumerate(asked):
+            target = batch.targets[b, : batch.target_lens[b]].tolist()
+            there = [
+                i for i in targets if targets[i] == target and rows.lengths[i] == batch.lens[b]
+            ]
+            unread = rows.manifest.row(row)["id"] in bad
+            assert there and (unread or row in there)
+            assert not unread or any(rows.manifest.row(i)["id"] not in bad for i in there)
+    wheres = {rows.manifest.where(i) for i in targets if rows.manifest.row(i)["id"] in bad}
+    assert named == wheres and len(named) == 3
+
+
+def test_unreadable_utterances_end_a_run_only_above_their_share_and_in_what_is_scored(
+    paths, tmp_path, capsys
+):
+    manifest, bad = damaged_speech(tmp_path / "asr")
+    files, steps = paths | {"asr": manifest}, "--head ctc --max-steps 30 --log-every 10"
+    printed = tune(files, "asr", tmp_path / "run", steps, "--eval-every 30 --max-bad-share 0.2")
+    assert printed.count("cannot be read, another row is used: ") == 3
+    assert "train: 3 of 24 rows cannot be read (12%)" in printed
+    message = error(files, capsys, "asr", tmp_path / "e", steps)
+    assert "above --max-bad-share 0.01" in message and "check --read" in message
+    for share in ("-0.1", "1.5"):
+        message = error(files, capsys, "asr", tmp_path / "e", f"--max-bad-share={share}")
+        assert f"--max-bad-share {share}: expected a share from 0 to 1" in message
+    held_out = paths | {"asr_dev": manifest}
+    message = error(held_out, capsys, "asr", tmp_path / "d", "--head ctc --max-steps 1")
+    assert "rows.jsonl:" in message and "another row" not in message
+
+
+def test_rows_of_text_have_no_audio_to_be_unreadable(paths, tmp_path):
+    run = finetune.prepare(finetune.parse_arguments(options(paths, "sst2", tmp_path)), ALONE)
+    batches = finetune.TaskData(run.train.rows, run.plan)
+    assert batches.audio_rows == {} and batches[0, 0].faults is None
+
+
 # ------------------------------------------------------------------------------------- command line
 
 

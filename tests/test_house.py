@@ -17,12 +17,14 @@ GROUND = {"conformer", "quantizer", "losses", "training", "demo"}
 MAY_IMPORT = {
     **{name: set() for name in GROUND},
     "corpora": {"conformer", "training"},
-    "data": {"conformer", "training", "corpora"},
+    "importers": {"corpora", "training"},
+    "data": {"conformer", "training", "corpora", "importers"},
     "rnnt": {"conformer", "losses"},
     "decoders": {"conformer", "losses", "rnnt", "training"},
-    "pretrain": GROUND | {"corpora", "data"},
-    "evaluate": GROUND | {"corpora", "data", "decoders", "rnnt", "pretrain"},
-    "finetune": GROUND | {"corpora", "data", "decoders", "rnnt", "pretrain", "evaluate"},
+    "pretrain": GROUND | {"corpora", "importers", "data"},
+    "evaluate": GROUND | {"corpora", "importers", "data", "decoders", "rnnt", "pretrain"},
+    "finetune": GROUND
+    | {"corpora", "importers", "data", "decoders", "rnnt", "pretrain", "evaluate"},
 }
 
 
