@@ -6,8 +6,8 @@ memory-mapped file. How distributed corpora become manifests is in importers.py;
 made of all this is data.py's business.
 
 Public:  Manifest, read_audio, AudioError, Tokenizer, TextCorpus, read_lines, read_text, write_text,
-         read_table, check_manifest, Report; GLUE, read_glue, read_textnorm, TextExample,
-         SpokenToken.
+         read_table, check_manifest, Report; GLUE, read_glue, read_textnorm, textnorm_files,
+         textnorm_sentences, TextExample, SpokenToken.
 Letters: N wave samples, V vocabulary, n rows.
 """
 
@@ -704,34 +704,46 @@ class SpokenToken(NamedTuple):
     spoken: str  # "<self>": as it is written; "sil": not at all
 
 
-def read_textnorm(paths: Iterable[Path | str]) -> tuple[list[list[SpokenToken]], Report]:
-    """Sentences of Google's text normalisation files: class, written and spoken form a line.
-
-    A line `<eos>` ends a sentence. Of a folder all its files output-*-of-* are read.
-    Raises: FileNotFoundError; ValueError where nothing is usable.
-    """
-    report, sentences = Report(), []
-    files = [
+def textnorm_files(paths: Iterable[Path | str]) -> list[Path]:
+    """Google's text normalisation files: of a folder all its output-*-of-*."""
+    return [
         file
         for path in map(Path, paths)
         for file in (sorted(path.glob("output-*-of-*")) if path.is_dir() else [path])
     ]
-    for path in files:
-        sentence: list[SpokenToken] = []
-        is_whole = True
-        for number, line in enumerate(read_lines(path), 1):
-            cells = line.split("\t")
-            if cells[0] == "<eos>":
-                if sentence and is_whole:
-                    sentences.append(sentence)
-                sentence, is_whole = [], True
-            elif len(cells) == 3:
-                sentence.append(SpokenToken(*cells))
-            else:
-                report.reject("not class, written, spoken", f"{path}:{number}")
-                is_whole = False  # a sentence with a gap teaches and tests the wrong thing
-        if sentence:
-            report.reject("sentence without <eos>", str(path))
-    report.rows = len(sentences)
+
+
+def textnorm_sentences(path: Path, report: Report) -> Iterator[list[SpokenToken]]:
+    """Sentences of one file: class, written and spoken form a line, `<eos>` after each sentence.
+
+    Lines that are not so, and the sentences that they are in, are counted in the report and left
+    out. Raises as read_lines.
+    """
+    sentence: list[SpokenToken] = []
+    is_whole = True
+    for number, line in enumerate(read_lines(path), 1):
+        cells = line.split("\t")
+        if cells[0] == "<eos>":
+            if sentence and is_whole:
+                report.rows += 1
+                yield sentence
+            sentence, is_whole = [], True
+        elif len(cells) == 3:
+            sentence.append(SpokenToken(*cells))
+        else:
+            report.reject("not class, written, spoken", f"{path}:{number}")
+            is_whole = False  # a sentence with a gap teaches and tests the wrong thing
+    if sentence:
+        report.reject("sentence without <eos>", str(path))
+
+
+def read_textnorm(paths: Iterable[Path | str]) -> tuple[list[list[SpokenToken]], Report]:
+    """All sentences of Google's text normalisation files, or of the folders of them.
+
+    Raises: FileNotFoundError; ValueError where nothing is usable.
+    """
+    report, paths = Report(), list(paths)
+    files = textnorm_files(paths)
+    sentences = [sentence for file in files for sentence in textnorm_sentences(file, report)]
     report.demand_rows(f"text normalisation {', '.join(map(str, paths))}")
     return sentences, report

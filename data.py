@@ -13,8 +13,8 @@ run resumes with one integer, the step.
 Public:  mask_budget, span_mask, mask_text, spec_augment, row_rng, joint_bucket, BatchPlan,
          SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, StandIns,
          read_rows, PretrainData,
-         HeldOut, feature_statistics. Commands: manifest, text, tokenizer, check (their work is done
-         in importers.py and corpora.py).
+         HeldOut, feature_statistics. Commands: manifest, text, tokenizer, glue, textnorm, check
+         (their work is done in importers.py and corpora.py).
 Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
          positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
 Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT
@@ -29,6 +29,7 @@ import re
 import sys
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -55,6 +56,7 @@ from conformer import (
     subsampled_lens,
 )
 from corpora import (
+    GLUE,
     MIN_ENC_FRAMES,
     MISSING_S,
     AudioError,
@@ -68,8 +70,11 @@ from corpora import (
     paths_of,
     read_audio,
     read_bytes,
+    read_glue,
     read_text,
     row_fault,
+    textnorm_files,
+    textnorm_sentences,
     too_short,
     write_text,
 )
@@ -1017,6 +1022,38 @@ def _run_check(args: argparse.Namespace) -> None:
         print(f"{len(texts)} transcripts: {sizes}")
 
 
+def _counted(counts: Counter[str]) -> str:
+    """`b 3, a 1`, the most frequent first."""
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
+def _run_glue(args: argparse.Namespace) -> None:
+    for path in map(Path, args.files):
+        files = sorted(path.glob("*.tsv")) if path.is_dir() else [path]
+        if not files:
+            raise FileNotFoundError(f"{path}: no .tsv in this folder")
+        for file in files:
+            examples, report = read_glue(args.task, [file])
+            labels = Counter(example.label for example in examples if example.label is not None)
+            about = _counted(labels) or "no labels, as test files have none"
+            print("\n".join([f"{file}: {len(examples)} rows: {about}", *report.left_out()]))
+
+
+def _run_textnorm(args: argparse.Namespace) -> None:
+    files, classes, total = textnorm_files(args.files), Counter(), 0
+    for file in files:
+        report, own = Report(), Counter()
+        for sentence in textnorm_sentences(file, report):
+            own.update(token.semiotic_class for token in sentence)
+        report.demand_rows(f"text normalisation {file}")
+        summary = f"{report.rows} sentences of {own.total()} tokens"
+        print("\n".join([f"{file}: {summary}", *report.left_out()]))
+        classes, total = classes + own, total + report.rows
+    if not files:
+        raise FileNotFoundError(f"{', '.join(args.files)}: no output-*-of-* in this folder")
+    print(f"{total} sentences of {classes.total()} tokens: {_counted(classes)}")
+
+
 FIELD_HELP = 'key of the text in JSON lines (default: "text" in files named .json or .jsonl)'
 MANIFEST_HELP = (
     "Of the seven parts of SpeechStew, LibriSpeech, Common Voice, TED-LIUM and AMI are free; WSJ, "
@@ -1058,7 +1095,7 @@ LAYOUT_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of data.py: manifest, text, tokenizer, check."""
+    """The command line of data.py: manifest, text, tokenizer, glue, textnorm, check."""
     parser = argparse.ArgumentParser(prog="data.py", description="Prepare and check training data.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -1083,6 +1120,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, help="text file to write")
     command.add_argument("--field", help=FIELD_HELP)
     command.set_defaults(run=_run_text)
+
+    command = commands.add_parser("glue", help="count rows, labels and what is wrong")
+    command.add_argument("task", choices=sorted(GLUE))
+    command.add_argument("files", nargs="+", help="GLUE's .tsv files, or the folder of them")
+    command.set_defaults(run=_run_glue)
+
+    command = commands.add_parser("textnorm", help="count sentences, classes and what is wrong")
+    command.add_argument("files", nargs="+", help="Google's output-*-of-* files, or their folder")
+    command.set_defaults(run=_run_textnorm)
 
     layouts = commands.add_parser(
         "manifest", help="write the manifest of a corpus", description=MANIFEST_HELP

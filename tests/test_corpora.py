@@ -138,6 +138,39 @@ def test_faults_of_glue_files_are_one_line_naming_the_file(tmp_path):
     assert "not 2 cells" in message and len(message.splitlines()) == 1
 
 
+def test_the_glue_command_counts_rows_labels_and_faults_file_by_file(tmp_path, capsys):
+    folder = tmp_path / "QQP"
+    rows = [[str(i), "1", "2", "a?", "b?", label] for i, label in enumerate("0010")]
+    train = write_tsv(folder / "train.tsv", QQP, *rows, ["4", "1", "2", "a?"], ["5"])
+    dev = write_tsv(folder / "dev.tsv", QQP, rows[0], [*rows[1][:5], "x"])
+    test = write_tsv(folder / "test.tsv", ["id", "question1", "question2"], ["0", "a?", "b?"])
+    expected = [
+        f"{dev}: 1 rows: 0 1",
+        f"rejected 1: label is not one of 0, 1 (first: {dev}: 1)",
+        f"{test}: 1 rows: no labels, as test files have none",
+        f"{train}: 4 rows: 0 3, 1 1",
+        f"rejected 2: not 6 cells (first: {train}:6)",
+    ]
+    assert data.main(["glue", "qqp", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    assert data.main(["glue", "qqp", str(dev), str(test), str(train)]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_the_glue_command_fails_in_one_line(tmp_path, capsys):
+    bad = write_tsv(tmp_path / "dev.tsv", ["sentence", "label"], ["a film", "2"])
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (bad, "0 usable rows"),
+        (tmp_path / "no.tsv", "no such file"),
+        (tmp_path / "empty", "no .tsv in this folder"),
+    ):
+        assert data.main(["glue", "sst2", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert message in error and str(path) in error
+
+
 # ----------------------------------------------------------------------------- text normalisation
 
 GOOGLE = (
@@ -194,6 +227,32 @@ def test_faults_of_googles_files_are_counted_or_named(tmp_path):
     path.write_bytes(b"PLAIN\t\xff\t<self>\n<eos>\t<eos>\n")
     with pytest.raises(ValueError, match="output-00000-of-00001: not UTF-8"):
         read_textnorm([path])
+
+
+def test_the_textnorm_command_counts_sentences_classes_and_faults(tmp_path, capsys):
+    first, second = (tmp_path / f"output-0000{i}-of-00100" for i in range(2))
+    first.write_text(GOOGLE)
+    second.write_text(GOOGLE + "PLAIN\ttwo cells\n<eos>\t<eos>\n")
+    expected = [
+        f"{first}: 2 sentences of 6 tokens",
+        f"{second}: 2 sentences of 6 tokens",
+        f"rejected 1: not class, written, spoken (first: {second}:9)",
+        "4 sentences of 12 tokens: PLAIN 4, PUNCT 4, DATE 2, MONEY 2",
+    ]
+    for files in ([tmp_path], [first, second]):
+        assert data.main(["textnorm", *map(str, files)]) == 0
+        assert capsys.readouterr().out.splitlines() == expected
+    second.write_text("PLAIN\ttwo cells\n<eos>\t<eos>\n")
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (second, "0 usable rows"),
+        (tmp_path / "no", "no such file"),
+        (tmp_path / "empty", "no output-*-of-* in this folder"),
+    ):
+        assert data.main(["textnorm", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert message in error and str(path) in error
 
 
 # ---------------------------------------------------------------------------------------- CoVoST 2
