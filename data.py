@@ -24,6 +24,7 @@ Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import sys
@@ -44,6 +45,7 @@ from torch.utils.data import Dataset
 
 from conformer import (
     CLS_ID,
+    HOP_SAMPLES,
     MASK_ID,
     N_MELS,
     N_SPECIAL,
@@ -51,6 +53,7 @@ from conformer import (
     SAMPLE_RATE,
     SEP_ID,
     UNK_ID,
+    WINDOW_SAMPLES,
     log_mel,
     n_frames,
     subsampled_lens,
@@ -486,8 +489,8 @@ def _speech_batch(
 
 def row_frames(manifest: Manifest) -> np.ndarray:
     """(n,) int64 log-mel frames of each row by its duration."""
-    samples = np.rint(manifest.durations * SAMPLE_RATE).astype(np.int64).tolist()
-    return np.fromiter(map(n_frames, samples), np.int64, len(samples))
+    samples = np.rint(manifest.durations * SAMPLE_RATE).astype(np.int64)
+    return np.maximum(0, 1 + (samples - WINDOW_SAMPLES) // HOP_SAMPLES)  # n_frames of each
 
 
 def read_features(manifest: Manifest, i: int, start: float, seconds: float, at_most: int) -> Tensor:
@@ -586,7 +589,7 @@ def usable(
         keep &= ~bad
     if not keep.any():
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        names = ", ".join(str(path) for path, _ in manifest.files)
+        names = ", ".join(str(file.path) for file in manifest.files)
         raise ValueError(f"manifest {names}: 0 of {len(manifest)} rows usable ({reasons})")
     return keep, left_out
 
@@ -607,9 +610,10 @@ class SpeechRows:
             raise ValueError(f"--max-audio-s {max_audio_s:g}: need two encoder frames (0.1 s)")
         keep, self.left_out = usable(manifest)
         self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
-        parts = np.maximum(1, np.rint(self.manifest.durations / max_audio_s)).astype(np.int64)
-        self._utterance = np.repeat(np.arange(len(parts)), parts)  # (n,)
-        self._part = np.arange(len(self._utterance)) - np.repeat(np.cumsum(parts) - parts, parts)
+        parts = np.maximum(1, np.rint(self.manifest.durations / max_audio_s)).astype(np.int32)
+        self._utterance = np.repeat(np.arange(len(parts), dtype=np.int32), parts)  # (n,)
+        first = np.repeat(np.cumsum(parts) - parts, parts)  # row of its utterance
+        self._part = (np.arange(len(first)) - first).astype(np.int32)  # (n,)
         self._parts = parts  # of each utterance
         self.lengths = np.minimum(row_frames(self.manifest), most)[self._utterance]
 
@@ -1004,6 +1008,7 @@ def _run_manifest(args: argparse.Namespace) -> None:
         options["splits"] = options["splits"].split(",")
     check_numbers(args, from_1=("workers",))
     report = IMPORTERS[args.layout](args.root, args.out, **options)
+    Manifest.read([args.out])  # leaves the index of a large one beside it
     print(f"{args.out}: {report}")
 
 
@@ -1014,7 +1019,8 @@ def _run_check(args: argparse.Namespace) -> None:
     print(f"{args.manifest}: {report}")
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer)
-        rows = [row for *_, row in parse_rows(read_bytes(Path(args.manifest), "manifest"))]
+        lines = io.BytesIO(read_bytes(Path(args.manifest), "manifest"))
+        rows = [row for *_, row in parse_rows(lines)]
         texts = [row["text"] for row in rows if not row_fault(row, True) and row["text"].strip()]
         ids = tokenizer.encode(texts)
         lens, unknown = [len(row) for row in ids], sum(row.count(UNK_ID) for row in ids)

@@ -196,6 +196,14 @@ def test_missing_and_empty_manifests_and_missing_text_are_errors(tmp_path):
         data.Manifest.read([path], text_required=True)
 
 
+def test_frames_of_all_rows_are_those_of_each_duration(tmp_path):
+    samples = [1, 399, 400, 401, 559, 560, 561, 16000, 35 * 16000 - 1, 1600 * 10**6]
+    rows = [{"audio_filepath": "a.wav", "duration": n / 16000} for n in samples]
+    m = data.Manifest.read([write_manifest(tmp_path / "m.jsonl", rows)])
+    assert data.row_frames(m).tolist() == [n_frames(n) for n in samples]
+    assert data.row_frames(m).dtype == np.int64
+
+
 # -------------------------------------------------------------------------------------------- audio
 
 
