@@ -100,7 +100,11 @@ STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9
 SPEC_AUGMENT, STAND_IN = 11, 12
 
 MOST_STAND_INS = 20  # rows tried in place of one that cannot be read
-N_JOINT = 8  # combinations of (speech, text, pair) buckets: so many shapes to compile or capture
+# Combinations of (speech, text, pair) buckets, from the shortest to the longest: so many shapes to
+# compile or capture. Of a turn's 32 steps each takes so many: the ends get few, since they span the
+# most lengths and so pad the most. benchmarks/data.py has the padding.
+JOINT_SHARES = np.array([2, 3, 4, 6, 6, 6, 4, 1])
+N_JOINT, TURN = len(JOINT_SHARES), int(JOINT_SHARES.sum())
 # Different transcripts to draw an STM negative from, if those within 10% of its length are so many.
 MIN_CHOICES = 32
 
@@ -206,12 +210,14 @@ def row_rng(seed: int, epoch: int, row: int, purpose: int) -> np.random.Generato
 
 @lru_cache(maxsize=64)
 def _joint_order(seed: int, turn: int) -> np.ndarray:
-    return np.random.default_rng([seed, turn, JOINT_ORDER]).permutation(N_JOINT)
+    """(TURN,) which combination each step of a turn uses."""
+    in_order = np.repeat(np.arange(N_JOINT), JOINT_SHARES)
+    return np.random.default_rng([seed, turn, JOINT_ORDER]).permutation(in_order)
 
 
 def joint_bucket(seed: int, step: int) -> int:
-    """Which combination of buckets a step uses: each of the N_JOINT once in every N_JOINT steps."""
-    return int(_joint_order(seed, step // N_JOINT)[step % N_JOINT])
+    """Which combination of buckets a step uses: each as often as its share in every TURN steps."""
+    return int(_joint_order(seed, step // TURN)[step % TURN])
 
 
 class BatchPlan:
@@ -220,14 +226,15 @@ class BatchPlan:
     Rows are sorted by length and cut into buckets. A micro-batch takes its rows from one bucket and
     is padded to the bucket's longest row, so there are only a few shapes. Within a bucket batches
     walk through one random permutation after the other; what is left of one runs on into the next.
-    The buckets are cut so that a pass over any of them takes equally many steps: then long and
-    short rows are visited equally often.
+    The buckets are cut so that the steps of a pass over each are to its share of all steps
+    (JOINT_SHARES) as those of any other: then long and short rows are visited equally often.
 
-    For example, 800 rows of 1 to 8 s, steps of 32 s in A = 2 micro-batches of 16 s: one bucket ends
-    at 8 s and its micro-batches are 16 // 8 = 2 rows, another ends at 2 s and has 8. Eight steps
-    use all eight buckets, in an order that is new each time. Say that step 20 has the 8 s bucket
-    and that four steps before it had: they took 4 x 2 micro-batches x 2 rows = 16 rows of this
-    bucket's permutation, so micro-batch k = 1 of step 20 begins at 16 + 1 x 2 = row 18 of it.
+    For example, rows of 1 to 8 s, steps of 32 s in A = 2 micro-batches of 16 s: one bucket ends at
+    8 s and its micro-batches are 16 // 8 = 2 rows, another ends at 2 s and has 8. Each turn of 32
+    steps uses all eight buckets by their shares, in an order that is new each time. Say that step
+    150 has the 8 s bucket and that four steps before it had: they took 4 x 2 micro-batches x 2 rows
+    = 16 rows of this bucket's permutation, so micro-batch k = 1 of step 150 begins at 16 + 1 x 2 =
+    row 18 of it.
 
     Args: lengths         (n,) int, of any unit.
           units_per_step  size of a step in that unit, padding counted, over all its micro-batches;
@@ -268,7 +275,7 @@ class BatchPlan:
 
         stops = self._cut(len(lengths), n_buckets, n_fit)
         while len(stops) < n_buckets:  # a few rows do not fill them all
-            n_buckets //= 2
+            n_buckets //= 2  # one has the shares of two
             stops = self._cut(len(lengths), n_buckets, n_fit)
         # Buckets of one length are one bucket, which keeps its share of the steps.
         longest, merged = np.unique(lengths[np.array(stops) - 1], return_inverse=True)
@@ -283,18 +290,19 @@ class BatchPlan:
 
     @staticmethod
     def _cut(n: int, n_buckets: int, n_fit: Callable[[int, int], int]) -> list[int]:
-        """Where buckets of n rows end, so that the one with most micro-batches has the fewest.
+        """Where buckets of n rows end, so that a pass over all takes the fewest turns.
 
         May give fewer buckets than asked where there are few rows.
         """
+        shares = JOINT_SHARES.reshape(n_buckets, -1).sum(1)  # micro-batches of a turn
 
         def cut(most: float) -> list[int]:
-            """Buckets as long as `most` micro-batches can hold; more rows never need fewer."""
+            """Buckets as long as `most` turns can hold; more rows never need fewer."""
             stops = [0]
             while stops[-1] < n and len(stops) <= n_buckets:
-                start = stops[-1]
+                start, room = stops[-1], most * shares[len(stops) - 1]
                 ends = range(start + 1, n + 1)
-                n_rows = bisect_right(ends, most, key=lambda end: (end - start) / n_fit(start, end))
+                n_rows = bisect_right(ends, room, key=lambda end: (end - start) / n_fit(start, end))
                 stops.append(start + max(1, n_rows))
             return stops[1:]
 
@@ -311,8 +319,9 @@ class BatchPlan:
     def _visits(self, step: int, bucket: int) -> int:
         """How many steps before this one used the bucket."""
         own = self.slot_bucket == bucket
-        turn, place = divmod(step, N_JOINT)
-        return turn * int(own.sum()) + int(own[_joint_order(self.seed, turn)[:place]].sum())
+        turn, place = divmod(step, TURN)
+        before = own[_joint_order(self.seed, turn)[:place]].sum()
+        return turn * int(JOINT_SHARES[own].sum()) + int(before)
 
     def _permutation(self, bucket: int, epoch: int) -> np.ndarray:
         kept = self._permutations.setdefault(bucket, {})
@@ -347,7 +356,7 @@ class BatchPlan:
                 "longest": longest,
                 "rows": len(rows),
                 "rows_per_micro": rows_per_micro,
-                "steps": float((self.slot_bucket == b).mean()),
+                "steps": int(JOINT_SHARES[self.slot_bucket == b].sum()) / TURN,
                 "padding": 1 - real / (len(rows) * longest),
             }
             for b, (longest, rows, rows_per_micro, real) in enumerate(buckets)
@@ -362,7 +371,7 @@ class BatchPlan:
         """What a step's rows hold on average, padding not counted."""
         per_row = np.array(self.real_units) / [len(rows) for rows in self.rows]
         of_bucket = self.micro_batches * np.array(self.rows_per_micro) * per_row
-        return float(of_bucket[self.slot_bucket].mean())
+        return float(np.average(of_bucket[self.slot_bucket], weights=JOINT_SHARES))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_permutations": {}}
