@@ -45,7 +45,6 @@ from torch.utils.data import Dataset
 
 from conformer import (
     CLS_ID,
-    HOP_SAMPLES,
     MASK_ID,
     N_MELS,
     N_SPECIAL,
@@ -53,7 +52,6 @@ from conformer import (
     SAMPLE_RATE,
     SEP_ID,
     UNK_ID,
-    WINDOW_SAMPLES,
     log_mel,
     n_frames,
     subsampled_lens,
@@ -499,7 +497,7 @@ def _speech_batch(
 def row_frames(manifest: Manifest) -> np.ndarray:
     """(n,) int64 log-mel frames of each row by its duration."""
     samples = np.rint(manifest.durations * SAMPLE_RATE).astype(np.int64)
-    return np.maximum(0, 1 + (samples - WINDOW_SAMPLES) // HOP_SAMPLES)  # n_frames of each
+    return n_frames(samples)
 
 
 def read_features(manifest: Manifest, i: int, start: float, seconds: float, at_most: int) -> Tensor:
