@@ -160,6 +160,24 @@ def test_log_mel_of_a_padded_batch_equals_each_row_alone_whatever_the_padding_ho
         assert not features[n_frames(n) :].any()
 
 
+def test_log_mel_made_in_blocks_is_that_made_at_once(monkeypatch):
+    wave = 0.1 * torch.randn(2, 160 * 40 + 399)
+    monkeypatch.setattr(conformer, "CPU_FRAMES", 10**9)
+    whole = log_mel(wave)
+    for size in (1, 7, 20, 39, 40, 41):
+        monkeypatch.setattr(conformer, "CPU_FRAMES", size)
+        assert torch.allclose(log_mel(wave), whole, atol=1e-5), size
+
+
+def test_mel_bands_leave_out_nothing_of_the_filters():
+    filters = conformer._mel_filters(conformer.N_FFT)
+    inside = torch.zeros_like(filters)
+    for bins, mels in conformer._mel_bands():
+        inside[bins, mels] += 1
+    assert inside.max() == 1 and not filters[inside == 0].any()
+    assert inside.mean() < 0.3
+
+
 def test_log_mel_has_a_gradient():
     wave = (0.1 * torch.randn(720)).requires_grad_()
     log_mel(wave).sum().backward()
