@@ -40,6 +40,8 @@ SAMPLE_RATE = 16_000  # samples per second
 HOP_SAMPLES = exact_div(SAMPLE_RATE * 10, 1000)  # 160: a log-mel frame every 10 ms
 WINDOW_SAMPLES = exact_div(SAMPLE_RATE * 25, 1000)  # 400: each sees 25 ms
 N_MELS = 80
+N_FFT = 512  # a window, filled up with zeros
+CPU_FRAMES = 512  # made at a time on a CPU: their memory is still at hand for the next ones
 SUBSAMPLING = 2 * 2  # two convolutions of stride 2
 FRAMES_PER_S = exact_div(SAMPLE_RATE, HOP_SAMPLES)  # 100 log-mel frames
 ENC_FRAMES_PER_S = exact_div(FRAMES_PER_S, SUBSAMPLING)  # 25 encoder frames, 40 ms each
@@ -144,9 +146,10 @@ SIZES: dict[str, SlamConfig] = {
 # ------------------------------------------------------------------------------------------ log-mel
 
 
-def n_frames(n_samples: int) -> int:
+def n_frames(n_samples: int | Tensor) -> int | Tensor:
     """Log-mel frames F of n_samples: whole windows only (Kaldi's snip-edges)."""
-    return 0 if n_samples < WINDOW_SAMPLES else 1 + (n_samples - WINDOW_SAMPLES) // HOP_SAMPLES
+    frames = 1 + (n_samples - WINDOW_SAMPLES) // HOP_SAMPLES
+    return max(0, frames) if isinstance(frames, int) else frames.clip(0)
 
 
 def subsampled_lens(frames: int | Tensor) -> int | Tensor:
@@ -181,25 +184,56 @@ def _povey_window() -> Tensor:
     return torch.hann_window(WINDOW_SAMPLES, periodic=False, dtype=torch.float64).pow(0.85).float()
 
 
-def log_mel(waveform: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=1)
+def _mel_bands() -> list[tuple[slice, slice]]:
+    """(bins, filters) of blocks that hold all of the filter matrix that is not 0: a quarter."""
+    filters, width = _mel_filters(N_FFT), N_MELS // 5
+    bands = []
+    for first in range(0, N_MELS, width):
+        bins = filters[:, first : first + width].any(1).nonzero()
+        bands.append((slice(int(bins.min()), int(bins.max()) + 1), slice(first, first + width)))
+    return bands
+
+
+def log_mel(waveform: Tensor, lens: Tensor | None = None) -> Tensor:
     """80-dim log-mel filterbank energies, equal to Kaldi's fbank with dither 0.
 
-    Args:    waveform (..., N) float32 in [-1, 1] at 16 kHz, N >= 400.
+    Args:    waveform (..., N) float32 in [-1, 1] at 16 kHz, N >= 400, on any device.
+             lens     (B,) int64 samples of each row of a padded batch (B, N), which then has the
+                      numbers of its rows alone, and zero after n_frames(lens) frames.
     Returns: (..., F, 80) float32, natural log of the energy at 16-bit scale, F = n_frames(N).
     Raises:  ValueError when the waveform is shorter than one window.
     """
     if waveform.shape[-1] < WINDOW_SAMPLES:
         n, window = waveform.shape[-1], f"one 25 ms window ({WINDOW_SAMPLES})"
         raise ValueError(f"audio of {n} samples is shorter than {window}")
-    n_fft = 512
-    frames = (waveform.float() * 32768.0).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)  # (..., F, 400)
+    waveform, n = waveform.float(), n_frames(waveform.shape[-1])
+    size = CPU_FRAMES if waveform.device.type == "cpu" else n
+    blocks = []
+    for start in range(0, n, size):
+        stop = min(start + size, n) * HOP_SAMPLES + WINDOW_SAMPLES - HOP_SAMPLES
+        blocks.append(_log_mel_block(waveform[..., start * HOP_SAMPLES : stop]))
+    features = torch.cat(blocks, dim=-2)  # (..., F, 80)
+    if lens is None:
+        return features
+    valid = valid_mask(n_frames(lens.to(features.device)), n)  # (B, F)
+    return features.masked_fill(~valid[..., None], 0.0)
+
+
+def _log_mel_block(waveform: Tensor) -> Tensor:
+    """log_mel of a part, all frames at once."""
+    frames = (waveform * 32768.0).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)  # (..., F, 400)
     frames = frames - frames.mean(-1, keepdim=True)
-    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-    frames = frames - 0.97 * previous  # pre-emphasis within the frame
-    frames = frames * _povey_window().to(frames.device)
-    power = torch.fft.rfft(frames, n_fft).abs().square()  # (..., F, 257)
-    energy = power @ _mel_filters(n_fft).to(frames.device)  # (..., F, 80)
-    return energy.clamp(min=torch.finfo(torch.float32).eps).log()
+    emphasised = frames.new_zeros(*frames.shape[:-1], N_FFT)  # (..., F, 512)
+    # Pre-emphasis within the frame. The first sample has none before it; its window is 0.
+    emphasised[..., 1:WINDOW_SAMPLES] = torch.sub(frames[..., 1:], frames[..., :-1], alpha=0.97)
+    emphasised[..., :WINDOW_SAMPLES] *= _povey_window().to(frames.device)
+    spectrum = torch.fft.rfft(emphasised)  # (..., F, 257)
+    power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # abs() takes 4x as long
+    filters = _mel_filters(N_FFT).to(frames.device)
+    bands = [power[..., bins] @ filters[bins, mels] for bins, mels in _mel_bands()]
+    energy = torch.cat(bands, dim=-1)  # (..., F, 80)
+    return energy.clamp_(min=torch.finfo(torch.float32).eps).log_()
 
 
 # ------------------------------------------------------------------------------------------- blocks

@@ -6,8 +6,8 @@ memory-mapped file. How distributed corpora become manifests is in importers.py;
 made of all this is data.py's business.
 
 Public:  Manifest, read_audio, AudioError, Tokenizer, TextCorpus, read_lines, read_text, write_text,
-         read_table, check_manifest, Report; GLUE, read_glue, read_textnorm, TextExample,
-         SpokenToken.
+         read_table, check_manifest, Report; GLUE, read_glue, read_textnorm, textnorm_files,
+         textnorm_sentences, TextExample, SpokenToken.
 Letters: N wave samples, V vocabulary, n rows.
 """
 
@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import re
 import zlib
@@ -56,6 +57,8 @@ MIN_ENC_FRAMES = 2  # shorter audio cannot have one frame masked and one visible
 MAX_S = 1e8  # three years: a duration or offset beyond is a mistake
 NO_CHARACTER = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, files and tokenizers cannot
 MISSING_S = 0.1  # audio may be so much shorter than its row says: rounding, and an MP3's last frame
+MAPPED_BYTES = 1 << 26  # manifests from this size on are mapped, and their index is kept on disk
+INDEX_VERSION, INDEX_HEADER = 1, 4096  # the latter in bytes, so that columns begin at a page
 SEEK_LEAD = 9216  # samples decoded ahead of the wanted ones: an MP3 frame needs the ones before it
 
 
@@ -101,10 +104,10 @@ def row_fault(row: object, text_required: bool) -> tuple[str, str] | None:
     return None
 
 
-def parse_rows(buffer: bytes) -> Iterator[tuple[int, int, int, object]]:
+def parse_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, int, int, object]]:
     """(line number, first byte, end, parsed JSON or the error met) of each non-blank line."""
     start = 0
-    for number, line in enumerate(io.BytesIO(buffer), 1):
+    for number, line in enumerate(lines, 1):
         stop = start + len(line)
         if line.strip():
             try:
@@ -122,6 +125,114 @@ def read_bytes(path: Path, what: str) -> bytes:
     return Path(path).read_bytes()
 
 
+# What is known of each row, a number a row. Text: 0 where the row has none, 1 a blank one, 2 words.
+COLUMNS = {
+    "durations": np.dtype(np.float64),  # seconds
+    "start": np.dtype(np.int64),  # first byte of the row in its file
+    "size": np.dtype(np.int32),  # bytes
+    "line": np.dtype(np.int32),  # from 1
+    "text_kind": np.dtype(np.int8),
+}
+
+
+def _scan(path: Path, lines: Iterable[bytes]) -> dict[str, np.ndarray]:
+    """The columns of a manifest's rows. Raises ValueError for the first bad row, or without any."""
+    columns = {name: array(kind.char) for name, kind in COLUMNS.items()}
+    durations, starts, sizes, numbers, kinds = columns.values()
+    for number, start, stop, row in parse_rows(lines):
+        if fault := row_fault(row, False):
+            raise ValueError(f"{path}:{number}: {fault[0]} ({fault[1]})")
+        durations.append(row["duration"])
+        starts.append(start)
+        sizes.append(stop - start)
+        numbers.append(number)
+        kinds.append(1 + bool(row["text"].strip()) if "text" in row else 0)
+    if not durations:
+        raise ValueError(f"manifest {path}: no rows; make one with data.py manifest")
+    return {name: np.frombuffer(columns[name], kind) for name, kind in COLUMNS.items()}
+
+
+def _load_index(path: Path, state: list[int]) -> tuple[str, dict[str, np.ndarray]] | None:
+    """Hash and columns, mapped, of the manifest in this state; None if the index is not of it."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(INDEX_HEADER))
+        n_rows, row_bytes = header["rows"], sum(kind.itemsize for kind in COLUMNS.values())
+        whole = path.stat().st_size == INDEX_HEADER + n_rows * row_bytes
+        if header["state"] != state or not whole:
+            return None
+        columns, offset = {}, INDEX_HEADER
+        for name, kind in COLUMNS.items():
+            columns[name] = np.asarray(np.memmap(path, kind, "r", offset, (n_rows,)))
+            offset += n_rows * kind.itemsize
+        return header["sha256"], columns
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not one of ours
+        return None
+
+
+def _index(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """Hash and columns of a large manifest; kept beside it, so that the next start is quick.
+
+    The index goes by the manifest's size and time. Where it cannot be written, it is done without.
+    Raises: ValueError for the first bad row.
+    """
+    index, its = path.with_name(path.name + ".index"), path.stat()
+    state = [INDEX_VERSION, its.st_size, its.st_mtime_ns]
+    if found := _load_index(index, state):
+        return found
+    digest = hashlib.sha256()
+    with path.open("rb") as lines:
+        columns = _scan(path, lines)
+        lines.seek(0)
+        while block := lines.read(1 << 20):
+            digest.update(block)
+
+    def write(sink: io.BufferedWriter) -> None:
+        header = {"state": state, "sha256": digest.hexdigest(), "rows": len(columns["start"])}
+        sink.write(json.dumps(header).encode().ljust(INDEX_HEADER))
+        for column in columns.values():
+            sink.write(column.data)
+
+    try:
+        write_atomically(index, write)
+    except OSError:  # a folder that may only be read
+        return digest.hexdigest(), columns
+    return _load_index(index, state) or (digest.hexdigest(), columns)
+
+
+class ManifestFile(NamedTuple):
+    """A manifest on disk."""
+
+    path: Path
+    buffer: bytes | mmap.mmap
+    sha256: str
+
+    @classmethod
+    def open(cls, path: Path) -> tuple[ManifestFile, dict[str, np.ndarray]]:
+        """The file and its rows' columns. Raises FileNotFoundError; ValueError for a bad row."""
+        if not path.is_file() or path.stat().st_size < MAPPED_BYTES:
+            buffer = read_bytes(path, "manifest")
+            columns = _scan(path, io.BytesIO(buffer))
+            return cls(path, buffer, hashlib.sha256(buffer).hexdigest()), columns
+        sha256, columns = _index(path)
+        return cls(path, _mapped(path), sha256), columns
+
+    def __reduce__(self) -> tuple:
+        """A process that was not forked maps a large one for itself."""
+        if isinstance(self.buffer, bytes):
+            return ManifestFile, tuple(self)
+        return _reopened, (self.path, self.sha256)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _reopened(path: Path, sha256: str) -> ManifestFile:
+    return ManifestFile(path, _mapped(path), sha256)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Utterances of JSON-lines manifests, as bytes and arrays, which forked workers share.
@@ -129,14 +240,20 @@ class Manifest:
     A row on disk has NeMo's keys: {"audio_filepath": "a/b.flac", "duration": 3.2, "offset": 0.0,
     "text": "hello", ...}; seconds; the path absolute or relative to the manifest's folder; offset
     and text may be missing; further keys are kept.
+
+    A small manifest is held in memory. One of MAPPED_BYTES or more stays on disk, with an index
+    beside it, `NAME.jsonl.index`: both are mapped, and all processes of a machine share them (the
+    columns not if there are several manifests, or rows are left out). It may be replaced while it
+    is in use, as write_atomically does, but not edited in place.
     """
 
-    files: tuple[tuple[Path, bytes], ...]
-    file: np.ndarray  # (n,) int32, which of the files
-    start: np.ndarray  # (n,) int64, first byte of the row there
-    stop: np.ndarray  # (n,) int64
+    files: tuple[ManifestFile, ...]
+    file: np.ndarray  # (n,) int16, which of the files
     durations: np.ndarray  # (n,) float64, seconds
-    has_text: np.ndarray  # (n,) bool, a text that is not blank
+    start: np.ndarray  # (n,) int64, first byte of the row there
+    size: np.ndarray  # (n,) int32, bytes
+    line: np.ndarray  # (n,) int32, from 1
+    text_kind: np.ndarray  # (n,) int8, as COLUMNS has it
 
     @classmethod
     def read(cls, paths: Iterable[Path | str], *, text_required: bool = False) -> Manifest:
@@ -145,30 +262,38 @@ class Manifest:
         Raises: FileNotFoundError for a missing manifest; ValueError naming file and line of the
                 first bad row, or for a manifest without rows.
         """
-        files, columns = [], (array("i"), array("q"), array("q"), array("d"), array("b"))
-        for path in map(Path, paths):
-            buffer, n_rows = read_bytes(path, "manifest"), len(columns[0])
-            for number, start, stop, row in parse_rows(buffer):
-                if fault := row_fault(row, text_required):
-                    raise ValueError(f"{path}:{number}: {fault[0]} ({fault[1]})")
-                has_text = bool(row.get("text", "").strip())
-                entry = (len(files), start, stop, row["duration"], has_text)
-                for column, value in zip(columns, entry):
-                    column.append(value)
-            if len(columns[0]) == n_rows:
-                raise ValueError(f"manifest {path}: no rows; make one with data.py manifest")
-            files.append((path, buffer))
-        kinds = (np.int32, np.int64, np.int64, np.float64, bool)
-        return cls(tuple(files), *(np.array(column, kind) for column, kind in zip(columns, kinds)))
+        files, parts = zip(*map(ManifestFile.open, map(Path, paths)))
+        file = np.repeat(
+            np.arange(len(files), dtype=np.int16), [len(its["start"]) for its in parts]
+        )
+        columns = {name: [its[name] for its in parts] for name in COLUMNS}
+        joined = {n: c[0] if len(c) == 1 else np.concatenate(c) for n, c in columns.items()}
+        manifest = cls(files, file, **joined)
+        if text_required and not manifest.text_kind.all():
+            i = int(np.argmin(manifest.text_kind))
+            reason, found = row_fault(manifest.row(i), True)
+            raise ValueError(f"{manifest.where(i)}: {reason} ({found})")
+        return manifest
 
     def __len__(self) -> int:
         return len(self.durations)
 
+    @property
+    def has_text(self) -> np.ndarray:
+        """(n,) bool, a text that is not blank."""
+        return self.text_kind == 2
+
     def row(self, i: int) -> dict:
-        """Row i as a dict, its audio_filepath resolved against the manifest's folder."""
-        path, buffer = self.files[self.file[i]]
-        row = json.loads(buffer[self.start[i] : self.stop[i]])
-        row["audio_filepath"] = str(path.parent / row["audio_filepath"])
+        """Row i as a dict, its audio_filepath resolved against the manifest's folder.
+
+        Raises: ValueError where a large manifest was edited in place.
+        """
+        its, start = self.files[self.file[i]], int(self.start[i])
+        try:
+            row = json.loads(its.buffer[start : start + int(self.size[i])])
+            row["audio_filepath"] = str(its.path.parent / row["audio_filepath"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.where(i)}: was changed while it was in use") from error
         return row
 
     def text(self, i: int) -> str:
@@ -176,30 +301,22 @@ class Manifest:
 
     def where(self, i: int) -> str:
         """`file:line` of row i, for messages."""
-        path, buffer = self.files[self.file[i]]
-        line = 1 + buffer.count(b"\n", 0, int(self.start[i]))
-        return f"{path}:{line}"
+        return f"{self.files[self.file[i]].path}:{self.line[i]}"
 
     def places(self) -> list[str]:
-        """`file:line` of every row, where asking for one after the other would take too long."""
-        ends = [np.flatnonzero(np.frombuffer(b, np.uint8) == ord("\n")) for _, b in self.files]
-        return [
-            f"{self.files[file][0]}:{1 + int(np.searchsorted(ends[file], start))}"
-            for file, start in zip(self.file.tolist(), self.start.tolist())
-        ]
+        """`file:line` of every row."""
+        return [self.where(i) for i in range(len(self))]
 
     @property
     def fingerprint(self) -> str:
         """Hash of all rows as they stand in the files: what a resumed run must find again."""
-        digest = hashlib.sha256()
-        for _, buffer in self.files:
-            digest.update(buffer)
-        return digest.hexdigest()[:16]
+        return hashlib.sha256("".join(its.sha256 for its in self.files).encode()).hexdigest()[:16]
 
     def filtered(self, keep: np.ndarray) -> Manifest:
         """The rows where keep (n,) bool is True, in order; the bytes are shared."""
-        names = ("file", "start", "stop", "durations", "has_text")
-        return replace(self, **{name: getattr(self, name)[keep] for name in names})
+        if keep.all():
+            return self
+        return replace(self, **{name: getattr(self, name)[keep] for name in ("file", *COLUMNS)})
 
 
 class AudioError(ValueError):
@@ -600,7 +717,7 @@ def check_manifest(
             out      a manifest to write the good rows to, with absolute paths.
     Raises: FileNotFoundError; ValueError where no row is good.
     """
-    report, rows = Report(), parse_rows(read_bytes(path, "manifest"))
+    report, rows = Report(), parse_rows(io.BytesIO(read_bytes(path, "manifest")))
 
     def fault_of(row: object) -> tuple[str, str] | None:
         fault = row_fault(row, False)
@@ -704,34 +821,46 @@ class SpokenToken(NamedTuple):
     spoken: str  # "<self>": as it is written; "sil": not at all
 
 
-def read_textnorm(paths: Iterable[Path | str]) -> tuple[list[list[SpokenToken]], Report]:
-    """Sentences of Google's text normalisation files: class, written and spoken form a line.
-
-    A line `<eos>` ends a sentence. Of a folder all its files output-*-of-* are read.
-    Raises: FileNotFoundError; ValueError where nothing is usable.
-    """
-    report, sentences = Report(), []
-    files = [
+def textnorm_files(paths: Iterable[Path | str]) -> list[Path]:
+    """Google's text normalisation files: of a folder all its output-*-of-*."""
+    return [
         file
         for path in map(Path, paths)
         for file in (sorted(path.glob("output-*-of-*")) if path.is_dir() else [path])
     ]
-    for path in files:
-        sentence: list[SpokenToken] = []
-        is_whole = True
-        for number, line in enumerate(read_lines(path), 1):
-            cells = line.split("\t")
-            if cells[0] == "<eos>":
-                if sentence and is_whole:
-                    sentences.append(sentence)
-                sentence, is_whole = [], True
-            elif len(cells) == 3:
-                sentence.append(SpokenToken(*cells))
-            else:
-                report.reject("not class, written, spoken", f"{path}:{number}")
-                is_whole = False  # a sentence with a gap teaches and tests the wrong thing
-        if sentence:
-            report.reject("sentence without <eos>", str(path))
-    report.rows = len(sentences)
+
+
+def textnorm_sentences(path: Path, report: Report) -> Iterator[list[SpokenToken]]:
+    """Sentences of one file: class, written and spoken form a line, `<eos>` after each sentence.
+
+    Lines that are not so, and the sentences that they are in, are counted in the report and left
+    out. Raises as read_lines.
+    """
+    sentence: list[SpokenToken] = []
+    is_whole = True
+    for number, line in enumerate(read_lines(path), 1):
+        cells = line.split("\t")
+        if cells[0] == "<eos>":
+            if sentence and is_whole:
+                report.rows += 1
+                yield sentence
+            sentence, is_whole = [], True
+        elif len(cells) == 3:
+            sentence.append(SpokenToken(*cells))
+        else:
+            report.reject("not class, written, spoken", f"{path}:{number}")
+            is_whole = False  # a sentence with a gap teaches and tests the wrong thing
+    if sentence:
+        report.reject("sentence without <eos>", str(path))
+
+
+def read_textnorm(paths: Iterable[Path | str]) -> tuple[list[list[SpokenToken]], Report]:
+    """All sentences of Google's text normalisation files, or of the folders of them.
+
+    Raises: FileNotFoundError; ValueError where nothing is usable.
+    """
+    report, paths = Report(), list(paths)
+    files = textnorm_files(paths)
+    sentences = [sentence for file in files for sentence in textnorm_sentences(file, report)]
     report.demand_rows(f"text normalisation {', '.join(map(str, paths))}")
     return sentences, report

@@ -13,8 +13,8 @@ run resumes with one integer, the step.
 Public:  mask_budget, span_mask, mask_text, spec_augment, row_rng, joint_bucket, BatchPlan,
          SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, StandIns,
          read_rows, PretrainData,
-         HeldOut, feature_statistics. Commands: manifest, text, tokenizer, check (their work is done
-         in importers.py and corpora.py).
+         HeldOut, feature_statistics. Commands: manifest, text, tokenizer, glue, textnorm, check
+         (their work is done in importers.py and corpora.py).
 Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
          positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
 Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT
@@ -24,11 +24,13 @@ Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import sys
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -55,6 +57,7 @@ from conformer import (
     subsampled_lens,
 )
 from corpora import (
+    GLUE,
     MIN_ENC_FRAMES,
     MISSING_S,
     AudioError,
@@ -68,8 +71,11 @@ from corpora import (
     paths_of,
     read_audio,
     read_bytes,
+    read_glue,
     read_text,
     row_fault,
+    textnorm_files,
+    textnorm_sentences,
     too_short,
     write_text,
 )
@@ -92,7 +98,11 @@ STM_NEGATIVE, STM_TEXT_MASKING, PLAN_ORDER, JOINT_ORDER, STATISTICS = 6, 7, 8, 9
 SPEC_AUGMENT, STAND_IN = 11, 12
 
 MOST_STAND_INS = 20  # rows tried in place of one that cannot be read
-N_JOINT = 8  # combinations of (speech, text, pair) buckets: so many shapes to compile or capture
+# Combinations of (speech, text, pair) buckets, from the shortest to the longest: so many shapes to
+# compile or capture. Of a turn's 32 steps each takes so many: the ends get few, since they span the
+# most lengths and so pad the most. benchmarks/data.py has the padding.
+JOINT_SHARES = np.array([2, 3, 4, 6, 6, 6, 4, 1])
+N_JOINT, TURN = len(JOINT_SHARES), int(JOINT_SHARES.sum())
 # Different transcripts to draw an STM negative from, if those within 10% of its length are so many.
 MIN_CHOICES = 32
 
@@ -198,12 +208,14 @@ def row_rng(seed: int, epoch: int, row: int, purpose: int) -> np.random.Generato
 
 @lru_cache(maxsize=64)
 def _joint_order(seed: int, turn: int) -> np.ndarray:
-    return np.random.default_rng([seed, turn, JOINT_ORDER]).permutation(N_JOINT)
+    """(TURN,) which combination each step of a turn uses."""
+    in_order = np.repeat(np.arange(N_JOINT), JOINT_SHARES)
+    return np.random.default_rng([seed, turn, JOINT_ORDER]).permutation(in_order)
 
 
 def joint_bucket(seed: int, step: int) -> int:
-    """Which combination of buckets a step uses: each of the N_JOINT once in every N_JOINT steps."""
-    return int(_joint_order(seed, step // N_JOINT)[step % N_JOINT])
+    """Which combination of buckets a step uses: each as often as its share in every TURN steps."""
+    return int(_joint_order(seed, step // TURN)[step % TURN])
 
 
 class BatchPlan:
@@ -212,14 +224,15 @@ class BatchPlan:
     Rows are sorted by length and cut into buckets. A micro-batch takes its rows from one bucket and
     is padded to the bucket's longest row, so there are only a few shapes. Within a bucket batches
     walk through one random permutation after the other; what is left of one runs on into the next.
-    The buckets are cut so that a pass over any of them takes equally many steps: then long and
-    short rows are visited equally often.
+    The buckets are cut so that the steps of a pass over each are to its share of all steps
+    (JOINT_SHARES) as those of any other: then long and short rows are visited equally often.
 
-    For example, 800 rows of 1 to 8 s, steps of 32 s in A = 2 micro-batches of 16 s: one bucket ends
-    at 8 s and its micro-batches are 16 // 8 = 2 rows, another ends at 2 s and has 8. Eight steps
-    use all eight buckets, in an order that is new each time. Say that step 20 has the 8 s bucket
-    and that four steps before it had: they took 4 x 2 micro-batches x 2 rows = 16 rows of this
-    bucket's permutation, so micro-batch k = 1 of step 20 begins at 16 + 1 x 2 = row 18 of it.
+    For example, rows of 1 to 8 s, steps of 32 s in A = 2 micro-batches of 16 s: one bucket ends at
+    8 s and its micro-batches are 16 // 8 = 2 rows, another ends at 2 s and has 8. Each turn of 32
+    steps uses all eight buckets by their shares, in an order that is new each time. Say that step
+    150 has the 8 s bucket and that four steps before it had: they took 4 x 2 micro-batches x 2 rows
+    = 16 rows of this bucket's permutation, so micro-batch k = 1 of step 150 begins at 16 + 1 x 2 =
+    row 18 of it.
 
     Args: lengths         (n,) int, of any unit.
           units_per_step  size of a step in that unit, padding counted, over all its micro-batches;
@@ -260,7 +273,7 @@ class BatchPlan:
 
         stops = self._cut(len(lengths), n_buckets, n_fit)
         while len(stops) < n_buckets:  # a few rows do not fill them all
-            n_buckets //= 2
+            n_buckets //= 2  # one has the shares of two
             stops = self._cut(len(lengths), n_buckets, n_fit)
         # Buckets of one length are one bucket, which keeps its share of the steps.
         longest, merged = np.unique(lengths[np.array(stops) - 1], return_inverse=True)
@@ -275,18 +288,19 @@ class BatchPlan:
 
     @staticmethod
     def _cut(n: int, n_buckets: int, n_fit: Callable[[int, int], int]) -> list[int]:
-        """Where buckets of n rows end, so that the one with most micro-batches has the fewest.
+        """Where buckets of n rows end, so that a pass over all takes the fewest turns.
 
         May give fewer buckets than asked where there are few rows.
         """
+        shares = JOINT_SHARES.reshape(n_buckets, -1).sum(1)  # micro-batches of a turn
 
         def cut(most: float) -> list[int]:
-            """Buckets as long as `most` micro-batches can hold; more rows never need fewer."""
+            """Buckets as long as `most` turns can hold; more rows never need fewer."""
             stops = [0]
             while stops[-1] < n and len(stops) <= n_buckets:
-                start = stops[-1]
+                start, room = stops[-1], most * shares[len(stops) - 1]
                 ends = range(start + 1, n + 1)
-                n_rows = bisect_right(ends, most, key=lambda end: (end - start) / n_fit(start, end))
+                n_rows = bisect_right(ends, room, key=lambda end: (end - start) / n_fit(start, end))
                 stops.append(start + max(1, n_rows))
             return stops[1:]
 
@@ -303,8 +317,9 @@ class BatchPlan:
     def _visits(self, step: int, bucket: int) -> int:
         """How many steps before this one used the bucket."""
         own = self.slot_bucket == bucket
-        turn, place = divmod(step, N_JOINT)
-        return turn * int(own.sum()) + int(own[_joint_order(self.seed, turn)[:place]].sum())
+        turn, place = divmod(step, TURN)
+        before = own[_joint_order(self.seed, turn)[:place]].sum()
+        return turn * int(JOINT_SHARES[own].sum()) + int(before)
 
     def _permutation(self, bucket: int, epoch: int) -> np.ndarray:
         kept = self._permutations.setdefault(bucket, {})
@@ -339,7 +354,7 @@ class BatchPlan:
                 "longest": longest,
                 "rows": len(rows),
                 "rows_per_micro": rows_per_micro,
-                "steps": float((self.slot_bucket == b).mean()),
+                "steps": int(JOINT_SHARES[self.slot_bucket == b].sum()) / TURN,
                 "padding": 1 - real / (len(rows) * longest),
             }
             for b, (longest, rows, rows_per_micro, real) in enumerate(buckets)
@@ -354,7 +369,7 @@ class BatchPlan:
         """What a step's rows hold on average, padding not counted."""
         per_row = np.array(self.real_units) / [len(rows) for rows in self.rows]
         of_bucket = self.micro_batches * np.array(self.rows_per_micro) * per_row
-        return float(of_bucket[self.slot_bucket].mean())
+        return float(np.average(of_bucket[self.slot_bucket], weights=JOINT_SHARES))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_permutations": {}}
@@ -481,8 +496,8 @@ def _speech_batch(
 
 def row_frames(manifest: Manifest) -> np.ndarray:
     """(n,) int64 log-mel frames of each row by its duration."""
-    samples = np.rint(manifest.durations * SAMPLE_RATE).astype(np.int64).tolist()
-    return np.fromiter(map(n_frames, samples), np.int64, len(samples))
+    samples = np.rint(manifest.durations * SAMPLE_RATE).astype(np.int64)
+    return n_frames(samples)
 
 
 def read_features(manifest: Manifest, i: int, start: float, seconds: float, at_most: int) -> Tensor:
@@ -581,7 +596,7 @@ def usable(
         keep &= ~bad
     if not keep.any():
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        names = ", ".join(str(path) for path, _ in manifest.files)
+        names = ", ".join(str(file.path) for file in manifest.files)
         raise ValueError(f"manifest {names}: 0 of {len(manifest)} rows usable ({reasons})")
     return keep, left_out
 
@@ -602,9 +617,10 @@ class SpeechRows:
             raise ValueError(f"--max-audio-s {max_audio_s:g}: need two encoder frames (0.1 s)")
         keep, self.left_out = usable(manifest)
         self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
-        parts = np.maximum(1, np.rint(self.manifest.durations / max_audio_s)).astype(np.int64)
-        self._utterance = np.repeat(np.arange(len(parts)), parts)  # (n,)
-        self._part = np.arange(len(self._utterance)) - np.repeat(np.cumsum(parts) - parts, parts)
+        parts = np.maximum(1, np.rint(self.manifest.durations / max_audio_s)).astype(np.int32)
+        self._utterance = np.repeat(np.arange(len(parts), dtype=np.int32), parts)  # (n,)
+        first = np.repeat(np.cumsum(parts) - parts, parts)  # row of its utterance
+        self._part = (np.arange(len(first)) - first).astype(np.int32)  # (n,)
         self._parts = parts  # of each utterance
         self.lengths = np.minimum(row_frames(self.manifest), most)[self._utterance]
 
@@ -999,6 +1015,7 @@ def _run_manifest(args: argparse.Namespace) -> None:
         options["splits"] = options["splits"].split(",")
     check_numbers(args, from_1=("workers",))
     report = IMPORTERS[args.layout](args.root, args.out, **options)
+    Manifest.read([args.out])  # leaves the index of a large one beside it
     print(f"{args.out}: {report}")
 
 
@@ -1009,12 +1026,45 @@ def _run_check(args: argparse.Namespace) -> None:
     print(f"{args.manifest}: {report}")
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer)
-        rows = [row for *_, row in parse_rows(read_bytes(Path(args.manifest), "manifest"))]
+        lines = io.BytesIO(read_bytes(Path(args.manifest), "manifest"))
+        rows = [row for *_, row in parse_rows(lines)]
         texts = [row["text"] for row in rows if not row_fault(row, True) and row["text"].strip()]
         ids = tokenizer.encode(texts)
         lens, unknown = [len(row) for row in ids], sum(row.count(UNK_ID) for row in ids)
         sizes = f"{sum(lens)} tokens, longest {max(lens, default=0)}, unknown {unknown}"
         print(f"{len(texts)} transcripts: {sizes}")
+
+
+def _counted(counts: Counter[str]) -> str:
+    """`b 3, a 1`, the most frequent first."""
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
+def _run_glue(args: argparse.Namespace) -> None:
+    for path in map(Path, args.files):
+        files = sorted(path.glob("*.tsv")) if path.is_dir() else [path]
+        if not files:
+            raise FileNotFoundError(f"{path}: no .tsv in this folder")
+        for file in files:
+            examples, report = read_glue(args.task, [file])
+            labels = Counter(example.label for example in examples if example.label is not None)
+            about = _counted(labels) or "no labels, as test files have none"
+            print("\n".join([f"{file}: {len(examples)} rows: {about}", *report.left_out()]))
+
+
+def _run_textnorm(args: argparse.Namespace) -> None:
+    files, classes, total = textnorm_files(args.files), Counter(), 0
+    for file in files:
+        report, own = Report(), Counter()
+        for sentence in textnorm_sentences(file, report):
+            own.update(token.semiotic_class for token in sentence)
+        report.demand_rows(f"text normalisation {file}")
+        summary = f"{report.rows} sentences of {own.total()} tokens"
+        print("\n".join([f"{file}: {summary}", *report.left_out()]))
+        classes, total = classes + own, total + report.rows
+    if not files:
+        raise FileNotFoundError(f"{', '.join(args.files)}: no output-*-of-* in this folder")
+    print(f"{total} sentences of {classes.total()} tokens: {_counted(classes)}")
 
 
 FIELD_HELP = 'key of the text in JSON lines (default: "text" in files named .json or .jsonl)'
@@ -1058,7 +1108,7 @@ LAYOUT_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of data.py: manifest, text, tokenizer, check."""
+    """The command line of data.py: manifest, text, tokenizer, glue, textnorm, check."""
     parser = argparse.ArgumentParser(prog="data.py", description="Prepare and check training data.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -1083,6 +1133,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, help="text file to write")
     command.add_argument("--field", help=FIELD_HELP)
     command.set_defaults(run=_run_text)
+
+    command = commands.add_parser("glue", help="count rows, labels and what is wrong")
+    command.add_argument("task", choices=sorted(GLUE))
+    command.add_argument("files", nargs="+", help="GLUE's .tsv files, or the folder of them")
+    command.set_defaults(run=_run_glue)
+
+    command = commands.add_parser("textnorm", help="count sentences, classes and what is wrong")
+    command.add_argument("files", nargs="+", help="Google's output-*-of-* files, or their folder")
+    command.set_defaults(run=_run_textnorm)
 
     layouts = commands.add_parser(
         "manifest", help="write the manifest of a corpus", description=MANIFEST_HELP

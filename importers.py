@@ -74,7 +74,7 @@ class Lengths:
     def __init__(self, path: Path) -> None:
         self.path, self.known = path, {}
         if path.is_file():
-            entries = (row for *_, row in parse_rows(path.read_bytes()))
+            entries = (row for *_, row in parse_rows(io.BytesIO(path.read_bytes())))
             whole = (entry for entry in entries if isinstance(entry, list) and len(entry) == 2)
             self.known = dict(whole)
 
@@ -734,7 +734,7 @@ def nemo_manifest(root: Path | str, out: Path | str, *, workers: int = WORKERS) 
         raise ValueError(f"{path}: would be overwritten; give another name to write to")
 
     def candidates() -> Iterator[dict]:
-        for number, _, _, row in parse_rows(read_bytes(path, "manifest")):
+        for number, _, _, row in parse_rows(io.BytesIO(read_bytes(path, "manifest"))):
             if fault := row_fault(row, False):
                 report.reject(fault[0], f"{path}:{number}: {fault[1]}")
             else:

@@ -71,6 +71,7 @@ def test_n_frames_counts_whole_windows():
     for n in (0, 1, 399, 400, 401, 559, 560, 719, 720, 16_000, 16_081):
         windows = sum(1 for start in range(0, n, 160) if start + 400 <= n)
         assert n_frames(n) == windows
+        assert n_frames(torch.tensor([n])).tolist() == n_frames(np.array([n])).tolist() == [windows]
         if windows:
             assert log_mel(torch.randn(n)).shape == (windows, N_MELS)
 
@@ -145,6 +146,46 @@ def test_log_mel_of_a_batch_equals_singles():
     together = log_mel(waves)
     for wave, features in zip(waves, together, strict=True):
         assert torch.allclose(log_mel(wave), features, atol=1e-5)
+
+
+def test_log_mel_of_a_padded_batch_equals_each_row_alone_whatever_the_padding_holds():
+    lens = torch.tensor([4000, 399, 400, 3999, 1234, 0])
+    waves = 0.1 * torch.randn(6, 4000)
+    waves[torch.arange(4000) >= lens[:, None]] = torch.nan
+    together = log_mel(waves, lens)
+    assert together.shape == (6, 23, N_MELS)
+    for wave, features, n in zip(waves, together, lens.tolist(), strict=True):
+        if n >= 400:
+            assert torch.allclose(log_mel(wave[:n]), features[: n_frames(n)], atol=1e-5)
+        assert not features[n_frames(n) :].any()
+
+
+def test_log_mel_made_in_blocks_is_that_made_at_once(monkeypatch):
+    wave = 0.1 * torch.randn(2, 160 * 40 + 399)
+    monkeypatch.setattr(conformer, "CPU_FRAMES", 10**9)
+    whole = log_mel(wave)
+    for size in (1, 7, 20, 39, 40, 41):
+        monkeypatch.setattr(conformer, "CPU_FRAMES", size)
+        assert torch.allclose(log_mel(wave), whole, atol=1e-5), size
+
+
+def test_mel_bands_leave_out_nothing_of_the_filters():
+    filters = conformer._mel_filters(conformer.N_FFT)
+    inside = torch.zeros_like(filters)
+    for bins, mels in conformer._mel_bands():
+        inside[bins, mels] += 1
+    assert inside.max() == 1 and not filters[inside == 0].any()
+    assert inside.mean() < 0.3
+
+
+def test_log_mel_has_a_gradient():
+    wave = (0.1 * torch.randn(720)).requires_grad_()
+    log_mel(wave).sum().backward()
+    step = torch.zeros(720)
+    step[300] = 1e-3
+    with torch.no_grad():
+        change = (log_mel(wave + step).double() - log_mel(wave - step).double()).sum()
+    assert wave.grad[300] == pytest.approx(float(change) / 2e-3, rel=0.05)
 
 
 def test_log_mel_refuses_less_than_a_window():

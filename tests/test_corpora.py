@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import os
+import pickle
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -138,6 +141,39 @@ def test_faults_of_glue_files_are_one_line_naming_the_file(tmp_path):
     assert "not 2 cells" in message and len(message.splitlines()) == 1
 
 
+def test_the_glue_command_counts_rows_labels_and_faults_file_by_file(tmp_path, capsys):
+    folder = tmp_path / "QQP"
+    rows = [[str(i), "1", "2", "a?", "b?", label] for i, label in enumerate("0010")]
+    train = write_tsv(folder / "train.tsv", QQP, *rows, ["4", "1", "2", "a?"], ["5"])
+    dev = write_tsv(folder / "dev.tsv", QQP, rows[0], [*rows[1][:5], "x"])
+    test = write_tsv(folder / "test.tsv", ["id", "question1", "question2"], ["0", "a?", "b?"])
+    expected = [
+        f"{dev}: 1 rows: 0 1",
+        f"rejected 1: label is not one of 0, 1 (first: {dev}: 1)",
+        f"{test}: 1 rows: no labels, as test files have none",
+        f"{train}: 4 rows: 0 3, 1 1",
+        f"rejected 2: not 6 cells (first: {train}:6)",
+    ]
+    assert data.main(["glue", "qqp", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    assert data.main(["glue", "qqp", str(dev), str(test), str(train)]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_the_glue_command_fails_in_one_line(tmp_path, capsys):
+    bad = write_tsv(tmp_path / "dev.tsv", ["sentence", "label"], ["a film", "2"])
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (bad, "0 usable rows"),
+        (tmp_path / "no.tsv", "no such file"),
+        (tmp_path / "empty", "no .tsv in this folder"),
+    ):
+        assert data.main(["glue", "sst2", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert message in error and str(path) in error
+
+
 # ----------------------------------------------------------------------------- text normalisation
 
 GOOGLE = (
@@ -194,6 +230,32 @@ def test_faults_of_googles_files_are_counted_or_named(tmp_path):
     path.write_bytes(b"PLAIN\t\xff\t<self>\n<eos>\t<eos>\n")
     with pytest.raises(ValueError, match="output-00000-of-00001: not UTF-8"):
         read_textnorm([path])
+
+
+def test_the_textnorm_command_counts_sentences_classes_and_faults(tmp_path, capsys):
+    first, second = (tmp_path / f"output-0000{i}-of-00100" for i in range(2))
+    first.write_text(GOOGLE)
+    second.write_text(GOOGLE + "PLAIN\ttwo cells\n<eos>\t<eos>\n")
+    expected = [
+        f"{first}: 2 sentences of 6 tokens",
+        f"{second}: 2 sentences of 6 tokens",
+        f"rejected 1: not class, written, spoken (first: {second}:9)",
+        "4 sentences of 12 tokens: PLAIN 4, PUNCT 4, DATE 2, MONEY 2",
+    ]
+    for files in ([tmp_path], [first, second]):
+        assert data.main(["textnorm", *map(str, files)]) == 0
+        assert capsys.readouterr().out.splitlines() == expected
+    second.write_text("PLAIN\ttwo cells\n<eos>\t<eos>\n")
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (second, "0 usable rows"),
+        (tmp_path / "no", "no such file"),
+        (tmp_path / "empty", "no output-*-of-* in this folder"),
+    ):
+        assert data.main(["textnorm", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert message in error and str(path) in error
 
 
 # ---------------------------------------------------------------------------------------- CoVoST 2
@@ -429,3 +491,108 @@ def test_places_of_all_rows_are_those_of_each(tmp_path):
     assert manifest.places() == places == [manifest.where(i) for i in range(4)]
     some = manifest.filtered(manifest.file == 1)
     assert some.places() == places[2:]
+
+
+def same(a: corpora.Manifest, b: corpora.Manifest) -> bool:
+    """Whether two manifests hold the same rows."""
+    columns = ("file", *corpora.COLUMNS)
+    equal = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in columns)
+    rows = [[m.row(i) for i in range(len(m))] for m in (a, b)]
+    return equal and rows[0] == rows[1] and a.fingerprint == b.fingerprint
+
+
+@pytest.fixture
+def any_is_large(monkeypatch) -> list:
+    """Every manifest is mapped and has an index. The names of those that are scanned."""
+    scanned, scan = [], corpora._scan
+
+    def noting(path, lines):
+        scanned.append(path.name)
+        return scan(path, lines)
+
+    monkeypatch.setattr(corpora, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(corpora, "_scan", noting)
+    return scanned
+
+
+ROWS = (
+    '\n{"audio_filepath": "a.wav", "duration": 1.25, "offset": 3, "text": "f\u00fcr"}\n'
+    '  \n{"duration": 2, "audio_filepath": "/b.wav", "text": " "}\r\n'
+    '{"audio_filepath": "c.wav", "duration": 3}'
+)
+
+
+def test_a_large_manifest_is_mapped_and_scanned_once(tmp_path, any_is_large, monkeypatch):
+    """It is what it would be in memory, also in a process that was not forked."""
+    (tmp_path / "a.jsonl").write_text(ROWS, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(ROWS.replace("wav", "flac"), encoding="utf-8")
+    one, two = [tmp_path / "a.jsonl"], [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    first = corpora.Manifest.read(one)
+    assert any_is_large == ["a.jsonl"] and (tmp_path / "a.jsonl.index").is_file()
+    assert first.has_text.tolist() == [True, False, False]
+    assert first.places() == [f"{tmp_path}/a.jsonl:{line}" for line in (2, 4, 5)]
+    for paths in (one, two, two):
+        mapped = corpora.Manifest.read(paths)
+        assert same(pickle.loads(pickle.dumps(mapped)), mapped)
+        with monkeypatch.context() as patch:
+            patch.setattr(corpora, "MAPPED_BYTES", 1 << 26)
+            small = corpora.Manifest.read(paths)
+        assert same(small, mapped) and isinstance(small.files[0].buffer, bytes)
+        assert same(pickle.loads(pickle.dumps(small)), small)
+    assert any_is_large.count("a.jsonl") == 1 + 3  # of which three were small
+    assert mapped.filtered(np.ones(6, bool)) is mapped
+    assert len(pickle.dumps(mapped)) < 3000  # no bytes of the files
+
+
+def test_an_index_goes_by_the_manifests_size_and_time(tmp_path, any_is_large):
+    path, index = tmp_path / "m.jsonl", tmp_path / "m.jsonl.index"
+    path.write_text(ROWS, encoding="utf-8")
+    old = corpora.Manifest.read([path])
+    os.utime(path, ns=(0, 0))  # another time
+    corpora.Manifest.read([path])
+    with path.open("a") as sink:  # another size, the same time
+        sink.write('\n{"audio_filepath": "d.wav", "duration": 4}')
+    os.utime(path, ns=(0, 0))
+    new = corpora.Manifest.read([path])
+    assert len(any_is_large) == 3 and len(new) == 4 and new.fingerprint != old.fingerprint
+    whole = index.read_bytes()
+    for damaged in (b"", b"{}", whole[:4000], whole[:-1], whole + b"0", b"\xff" + whole[1:]):
+        index.unlink()  # `new` has the old one mapped
+        index.write_bytes(damaged)
+        del any_is_large[:]
+        assert same(corpora.Manifest.read([path]), new) and any_is_large == ["m.jsonl"]
+        assert index.read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ["m.jsonl", "m.jsonl.index"]
+
+
+def test_a_large_manifest_has_the_faults_of_a_small_one(tmp_path, any_is_large):
+    path = tmp_path / "m.jsonl"
+    path.write_text(ROWS, encoding="utf-8")
+    for _ in range(2):  # without an index and with one
+        with pytest.raises(ValueError, match=r'm.jsonl:5: no "text" \(keys are '):
+            corpora.Manifest.read([path], text_required=True)
+    bad = tmp_path / "bad.jsonl"
+    for text, message in (("\n", "no rows"), (ROWS + "\n{", "bad.jsonl:6: not a JSON line")):
+        bad.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            corpora.Manifest.read([bad])
+    assert not (tmp_path / "bad.jsonl.index").exists()
+    with pytest.raises(FileNotFoundError, match="no.jsonl: no such file"):
+        corpora.Manifest.read([tmp_path / "no.jsonl"])
+    manifest = corpora.Manifest.read([path])
+    with path.open("r+b") as file:  # edited in place
+        file.seek(10)
+        file.write(b"#" * 60)
+    with pytest.raises(ValueError, match="m.jsonl:2: was changed while it was in use"):
+        manifest.row(0)
+    assert manifest.row(2)["duration"] == 3
+
+
+def test_an_index_that_cannot_be_written_is_done_without(tmp_path, any_is_large, monkeypatch):
+    def refuse(path, write):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(corpora, "write_atomically", refuse)
+    (tmp_path / "m.jsonl").write_text(ROWS, encoding="utf-8")
+    assert len(corpora.Manifest.read([tmp_path / "m.jsonl"])) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]

@@ -196,6 +196,14 @@ def test_missing_and_empty_manifests_and_missing_text_are_errors(tmp_path):
         data.Manifest.read([path], text_required=True)
 
 
+def test_frames_of_all_rows_are_those_of_each_duration(tmp_path):
+    samples = [1, 399, 400, 401, 559, 560, 561, 16000, 35 * 16000 - 1, 1600 * 10**6]
+    rows = [{"audio_filepath": "a.wav", "duration": n / 16000} for n in samples]
+    m = data.Manifest.read([write_manifest(tmp_path / "m.jsonl", rows)])
+    assert data.row_frames(m).tolist() == [n_frames(n) for n in samples]
+    assert data.row_frames(m).dtype == np.int64
+
+
 # -------------------------------------------------------------------------------------------- audio
 
 
@@ -653,12 +661,27 @@ def test_the_plan_knows_no_world_size():
                 assert np.array_equal(plans[k % world].micro_batch(s, k)[0], alone[4 * s + k][0])
 
 
-def test_all_joint_buckets_come_in_every_eight_steps_in_changing_order():
-    turns = [[data.joint_bucket(5, s) for s in range(8 * t, 8 * t + 8)] for t in range(20)]
-    assert (
-        all(sorted(turn) == list(range(8)) for turn in turns)
-        and len({tuple(turn) for turn in turns}) > 10
-    )
+def test_a_turn_has_all_joint_buckets_by_their_shares_in_changing_order():
+    turns = [[data.joint_bucket(5, s) for s in range(32 * t, 32 * t + 32)] for t in range(20)]
+    counts = [[turn.count(j) for j in range(8)] for turn in turns]
+    assert counts == 20 * [data.JOINT_SHARES.tolist()] and min(counts[0]) > 0
+    assert len({tuple(turn) for turn in turns}) == 20
+
+
+def test_uneven_shares_pad_less_than_even_ones(monkeypatch):
+    """Where most rows are of about one length, with a tail to short ones and few long ones."""
+    rng = np.random.default_rng(0)
+    most, short = rng.normal(1440, 120, 5000), rng.integers(150, 1300, 5000)
+    lengths = np.where(rng.random(5000) < 0.7, most, short).astype(int)
+    lengths = np.append(lengths, rng.integers(1900, 3000, 10))
+    ours = make_plan(lengths, units=128_000)
+    visits = [
+        data.JOINT_SHARES[ours.slot_bucket == b].sum() * n / len(rows)
+        for b, (n, rows) in enumerate(zip(ours.rows_per_micro, ours.rows))
+    ]
+    assert max(visits) / min(visits) < 1.2
+    monkeypatch.setattr(data, "JOINT_SHARES", np.full(8, 4))
+    assert ours.padding_waste() < 0.75 * make_plan(lengths, units=128_000).padding_waste()
 
 
 def test_at_most_eight_joint_shapes_and_each_bucket_has_one():
@@ -745,7 +768,7 @@ def test_odd_sets_of_lengths_have_a_plan(lengths):
         seen.update(zip(rows.tolist(), epochs.tolist()))
     assert set(seen.values()) == {1} and {row for row, _ in seen} == set(range(len(lengths)))
     assert (
-        len({tuple(plan.micro_batch(s, 0)[2:]) for s in range(8)})
+        len({tuple(plan.micro_batch(s, 0)[2:]) for s in range(data.TURN)})
         == len(plan.rows)
         == len(set(plan.bucket_len))
     )
