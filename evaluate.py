@@ -401,13 +401,8 @@ def load_fine_tuned(path: Path, device: torch.device) -> FineTuned:
 
     Raises: ValueError, FileNotFoundError.
     """
-    best = path / "ckpt" / "best.pt"
-    found = best if best.exists() else training.find_checkpoint(path)
-    checkpoint = training.load_checkpoint(found)
-    made_by = checkpoint.get("entry_point") if isinstance(checkpoint, dict) else None
-    if made_by != "finetune.py":
-        it_is = f"one of {made_by}" if made_by else "nothing of ours"
-        raise ValueError(f"{found}: is not a checkpoint of finetune.py but {it_is}")
+    found = training.find_weights(path)
+    checkpoint = training.load_checkpoint_of(("finetune.py",), found)
     head = dict(checkpoint["head"])
     head |= {name: tuple(head[name]) for name in ("labels", "tags")}
     task, config = checkpoint["task"], SlamConfig(**checkpoint["config"])

@@ -735,9 +735,10 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
     for name in FLAGS_OF_SIZE:
         if getattr(args, name) is None:
             setattr(args, name, getattr(size, name))
-    training.check_numbers(args, from_1=FLAGS_FROM_1, from_0=FLAGS_FROM_0, above_0=FLAGS_ABOVE_0)
-    training.check_numbers(args, share=("tlm_speech_mask", "tlm_text_mask"))
-    training.check_numbers(args, part=("max_bad_share",))
+    training.check_numbers(
+        args, from_1=FLAGS_FROM_1, from_0=FLAGS_FROM_0, above_0=FLAGS_ABOVE_0,
+        share=("tlm_speech_mask", "tlm_text_mask"), part=("max_bad_share",),
+    )  # fmt: skip
     modalities = tuple(args.modalities.split(","))
     both = set(modalities) == {"speech", "text"} and args.speech_objective == "w2v-bert"
     align = args.align or ("tlm,stm" if both else "none")

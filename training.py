@@ -11,8 +11,9 @@ same A do the same step.
 
 Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, Rate, make_optimizer, set_rates,
         load_optimizer, loss_scales, TensorBatch, RowFault, BadRows, train, evaluate_sums, means,
-        save_checkpoint, load_checkpoint, find_checkpoint, MetricsLog, check_alarms, follow,
-        run_entry_point, find_start, check_same_run, make_fast, StopSignal, add_arguments.
+        save_checkpoint, find_checkpoint, find_weights, load_checkpoint, load_checkpoint_of,
+        MetricsLog, check_alarms, follow, run_entry_point, find_start, check_same_run, make_fast,
+        StopSignal, add_arguments.
 """
 
 from __future__ import annotations
@@ -553,6 +554,12 @@ def find_checkpoint(path: Path) -> Path:
     return latest.parent / latest.read_text().strip()
 
 
+def find_weights(path: Path) -> Path:
+    """As find_checkpoint, but of a fine-tuning run's folder the best: its last may be worse."""
+    best = path / "ckpt" / "best.pt"
+    return best if best.exists() else find_checkpoint(path)
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Tensors and plain containers on the CPU; nothing in the file is ever run.
 
@@ -567,6 +574,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is the file whole?"
         ) from error
+
+
+def load_checkpoint_of(makers: tuple[str, ...], path: Path) -> dict[str, Any]:
+    """As load_checkpoint, of a file that one of these entry points has written.
+
+    Raises: also ValueError where another one has, or none of ours.
+    """
+    checkpoint = load_checkpoint(path)
+    made_by = checkpoint.get("entry_point") if isinstance(checkpoint, dict) else None
+    if made_by not in makers:
+        found = f"one of {made_by}" if made_by else "nothing of ours"
+        raise ValueError(f"{path}: is not a checkpoint of {' or '.join(makers)} but {found}")
+    return checkpoint
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
@@ -914,15 +934,11 @@ def find_start(
     path = resumed or args.init
     if path is None:
         return None, None, None
-    best = path / "ckpt" / "best.pt"  # of fine-tuning: its last weights may be worse
-    path = best if not resumed and best.exists() else find_checkpoint(path)
-    makers = (entry_point,) if resumed else init_from
-    checkpoint = load_checkpoint(path)
-    made_by = checkpoint.get("entry_point") if isinstance(checkpoint, dict) else None
-    if made_by not in makers:
-        found = f"one of {made_by}" if made_by else "nothing of ours"
-        raise ValueError(f"{path}: is not a checkpoint of {' or '.join(makers)} but {found}")
-    return (checkpoint, None, path) if resumed else (None, checkpoint, path)
+    if resumed:
+        path = find_checkpoint(path)
+        return load_checkpoint_of((entry_point,), path), None, path
+    path = find_weights(path)
+    return None, load_checkpoint_of(init_from, path), path
 
 
 def resolve_micro_batches(

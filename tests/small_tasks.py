@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import io
 import json
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 import soundfile
-import torch
+from whole_runs import micro_size
 
-import conformer
 import corpora
-import decoders
 import finetune
 
 ROOT = Path(finetune.__file__).parent
@@ -33,39 +27,9 @@ MICRO_HEADS = dict(
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def micro_size() -> Iterator[None]:
-    """`tiny` smaller still in this process, on one thread; then all as before."""
-    threads = torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    small = dataclasses.replace(conformer.SIZES["tiny"], **MICRO)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conformer.SIZES, "tiny", small)
-        patch.setitem(decoders.HEAD_SIZES, "tiny", MICRO_HEADS)
-        yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def run_here(main, arguments: Sequence[object]) -> str:
-    """A run of an entry point in this process -> what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        main([str(part) for part in arguments])
-    return printed.getvalue()
-
-
-def error_of(main, capsys, arguments: Sequence[object]) -> str:
-    """The single line on stderr of a run that ends with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(part) for part in arguments])
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 2, printed
-    one_line = printed.startswith("error: ") and printed.count("\n") == 1
-    assert one_line and "Traceback" not in printed, printed
-    return printed
+def micro_tiny() -> contextlib.AbstractContextManager:
+    """`tiny` and its heads smaller still."""
+    return micro_size(MICRO, MICRO_HEADS)
 
 
 # ------------------------------------------------------------------------------------------- speech

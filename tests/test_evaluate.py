@@ -15,7 +15,8 @@ import pytest
 import small_tasks
 import soundfile
 import torch
-from small_tasks import GERMAN, WORDS, error_of, micro_size, options, run_here, spoken
+from small_tasks import GERMAN, WORDS, micro_tiny, options, spoken
+from whole_runs import error_of, run_here
 
 import data
 import demo
@@ -29,18 +30,7 @@ from evaluate import KEEP, NEXT, NORMALISERS, SILENT, TaskSet, TaskTokenizers
 
 ALONE = training.Ranks(0, 0, 1, torch.device("cpu"))
 HEAD = HeadConfig("ctc")
-
-
-@pytest.fixture(autouse=True)
-def _micro():
-    with micro_size():
-        yield
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> dict[str, Path]:
-    """Files of every task."""
-    return small_tasks.write_all(tmp_path_factory.mktemp("tasks"))
+pytestmark = pytest.mark.usefixtures("micro_tasks")
 
 
 LEARN = "--log-every 200 --save-every 200 --eval-every 0 --lr 1e-2 --decoder-lr 1e-2 --augment 0 "
@@ -57,7 +47,7 @@ def runs(paths, tmp_path_factory):
     def run_of(task: str) -> Path:
         if task not in made:
             made[task] = tmp_path_factory.mktemp("runs") / task
-            with micro_size():
+            with micro_tiny():
                 run_here(finetune.main, options(paths, task, made[task], more.get(task, "")))
         return made[task]
 

@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,16 @@ import numpy as np
 import pytest
 import small_tasks
 import torch
-from small_tasks import MICRO, MICRO_HEADS, ROOT, error_of, micro_size, options, run_here
+from small_tasks import MICRO, MICRO_HEADS, ROOT, micro_tiny, options
+from whole_runs import (
+    assert_same_tensors,
+    dev_metrics_of,
+    error_of,
+    finish,
+    metrics_of,
+    run_here,
+    start,
+)
 
 import conformer
 import corpora
@@ -26,18 +33,7 @@ import pretrain
 import training
 
 ALONE = training.Ranks(0, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def _micro():
-    with micro_size():
-        yield
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> dict[str, Path]:
-    """Files of every task."""
-    return small_tasks.write_all(tmp_path_factory.mktemp("tasks"))
+pytestmark = pytest.mark.usefixtures("micro_tasks")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def pretrained(paths, tmp_path_factory) -> Path:
     command = ["--speech", paths["asr"], "--text", sentences, "--tokenizer", paths["tokenizer"],
                "--align", "none", "--max-steps", 1, "--batch-s", 4, "--batch-tokens", 100,
                "--row-tokens", 40, "--out-dir", out_dir]  # fmt: skip
-    with micro_size():
+    with micro_tiny():
         run_here(pretrain.main, command)
     return out_dir
 
@@ -63,23 +59,8 @@ def error(paths, capsys, task: str, out_dir: Path, *more: object) -> str:
     return error_of(finetune.main, capsys, options(paths, task, out_dir, *more))
 
 
-def metrics_of(out_dir: Path) -> list[dict]:
-    """Training lines."""
-    return [row for row in training.read_metrics(out_dir / "metrics.jsonl") if "lr" in row]
-
-
-def dev_metrics_of(out_dir: Path) -> list[dict]:
-    return [row for row in training.read_metrics(out_dir / "metrics.jsonl") if "lr" not in row]
-
-
 def checkpoint(out_dir: Path, name: str | None = None) -> dict:
     return training.load_checkpoint(out_dir / "ckpt" / name if name else out_dir)
-
-
-def assert_same_tensors(left: dict, right: dict) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 # ------------------------------------------------------------------------------------ every task
@@ -279,7 +260,7 @@ WHOLE += "--lr 1e-2 --warmup-steps 4 --decoder-warmup-steps 2 --decoder-lr 1e-2"
 def whole(paths, tmp_path_factory) -> Path:
     """A run that was never interrupted."""
     out_dir = tmp_path_factory.mktemp("whole")
-    with micro_size():
+    with micro_tiny():
         tune(paths, "asr", out_dir, WHOLE)
     return out_dir
 
@@ -402,24 +383,6 @@ def micro_main(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("main") / "micro_finetune.py"
     path.write_text(MICRO_MAIN.format(root=str(ROOT), micro=MICRO, heads=MICRO_HEADS))
     return path
-
-
-def start(script: Path, arguments: list[str], n_ranks: int = 1) -> subprocess.Popen:
-    """A run in processes of its own, alone or under torchrun."""
-    launcher = [sys.executable]
-    if n_ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    return subprocess.Popen(
-        [*launcher, str(script), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == code, printed
-    return printed
 
 
 def test_a_killed_run_resumes_bit_for_bit(paths, whole, micro_main, tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import math
 import os
@@ -19,6 +18,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import whole_runs
+from whole_runs import (
+    assert_same_tensors,
+    dev_metrics_of,
+    finish,
+    metrics_of,
+    micro_size,
+    start,
+)
 
 import conformer
 import data
@@ -112,28 +120,6 @@ def micro_main(tmp_path_factory) -> Path:
     return path
 
 
-def start(script: Path, arguments: list[str], n_ranks: int = 1) -> subprocess.Popen:
-    """A run in processes of its own, alone or under torchrun."""
-    launcher = [sys.executable]
-    if n_ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    return subprocess.Popen(
-        [*launcher, str(script), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    """Wait for the end -> what it printed."""
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == code, printed
-    return printed
-
-
 def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
     """Until the run has logged `step` and has a checkpoint."""
     path = out_dir / "metrics.jsonl"
@@ -144,21 +130,6 @@ def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
         assert process.poll() is None, f"ended before step {step}: {process.communicate()[0]}"
         time.sleep(0.005)
     raise AssertionError(f"step {step} was not reached in a minute")
-
-
-def metrics_of(out_dir: Path) -> list[dict]:
-    """Training lines."""
-    return [row for row in training.read_metrics(out_dir / "metrics.jsonl") if "lr" in row]
-
-
-def dev_metrics_of(out_dir: Path) -> list[dict]:
-    return [row for row in training.read_metrics(out_dir / "metrics.jsonl") if "lr" not in row]
-
-
-def assert_same_tensors(left: dict, right: dict) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 def assert_same_end(left: Path, right: Path) -> None:
@@ -174,32 +145,14 @@ def assert_same_end(left: Path, right: Path) -> None:
         }
 
 
-@contextlib.contextmanager
-def micro_size():
-    """The smaller `tiny` in this process, on one thread as in the others; then all as before."""
-    threads = torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    small = dataclasses.replace(conformer.SIZES["tiny"], **MICRO)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conformer.SIZES, "tiny", small)
-        yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def micro():
-    with micro_size():
+    with micro_size(MICRO):
         yield
 
 
-def run_here(arguments: list[object]) -> str:
-    """A run in this process -> what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        pretrain.main([str(part) for part in arguments])
-    return printed.getvalue()
+run_here = functools.partial(whole_runs.run_here, pretrain.main)
+error_of = functools.partial(whole_runs.error_of, pretrain.main)
 
 
 def prepare(corpus: dict[str, Path], *more: object):
@@ -230,7 +183,7 @@ SMALL_BATCHES = "--batch-s 4 --batch-paired-s 4 --batch-tokens 160 --row-tokens 
 def alone(corpus, tmp_path_factory) -> tuple[Path, str]:
     """A run of one process, never interrupted: its folder and what it printed."""
     out_dir = tmp_path_factory.mktemp("alone")
-    with micro_size():
+    with micro_size(MICRO):
         return out_dir, run_here(options(corpus, out_dir, *WHOLE))
 
 
@@ -417,19 +370,6 @@ ALLOWED = {
     "--lr": 1e-3, "--warmup-steps": 9, "--weight-decay": 0.1, "--grad-clip": 1.0,
     "--loss-weights": "stm=2", "--dtype": "fp64",
 }  # fmt: skip
-
-
-def error_of(capsys, arguments: list[object]) -> str:
-    """The single line on stderr of a run that ends with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        pretrain.main([str(part) for part in arguments])
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert (
-        printed.startswith("error: ") and printed.count("\n") == 1 and "Traceback" not in printed
-    ), printed
-    return printed
 
 
 @pytest.mark.parametrize("flag", REFUSED)
