@@ -8,8 +8,8 @@ one sequence. Nothing here masks, samples or computes a loss: those live in data
 Padding never matters. Every convolution, norm and attention leaves padding out, so a row has the
 same output alone and in any batch.
 
-Public:  time constants, special ids, SlamConfig, SIZES, log_mel, subsampled_lens, SlamEncoder and
-         its parts.
+Public:  time constants, special ids, SlamConfig, SIZES, log_mel, subsampled_lens, block_flops,
+         SlamEncoder and its parts.
 Letters: B batch, N samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens,
          L = T+U joined, C convolution features (640), D model width, H heads.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------- constants
 
@@ -309,16 +310,19 @@ class MaskedGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """(B, L, D) and (B, L) bool -> (B, L, D); padding comes out as the bias, not to be read."""
-        B, L, D = x.shape
+        D, n_groups = x.shape[2], self.n_groups
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide.view(B, L, self.n_groups, -1)  # (B, L, groups, D/groups)
-        keep = valid[:, :, None, None].to(wide.dtype)
-        count = (keep.sum(1, keepdim=True) * wide.shape[-1]).clamp(min=1)  # (B, 1, 1, 1)
-        mean = (wide * keep).sum((1, 3), keepdim=True) / count
-        centred = (wide - mean) * keep
-        variance = centred.square().sum((1, 3), keepdim=True) / count
-        normed = (centred * torch.rsqrt(variance + self.eps)).view(B, L, D)
-        return (normed * self.weight + self.bias).to(x.dtype)
+        keep = valid[:, :, None].to(wide.dtype)  # (B, L, 1)
+        count = (keep.sum(1, keepdim=True) * (D // n_groups)).clamp(min=1)  # (B, 1, 1)
+
+        def group_mean(of_channel: Tensor) -> Tensor:
+            """Sums over positions (B, D) -> mean over valid positions and the group (B, 1, D)."""
+            mean = of_channel.unflatten(1, (n_groups, -1)).sum(-1, keepdim=True) / count
+            return mean.expand(-1, -1, D // n_groups).flatten(1)[:, None]
+
+        centred = (wide - group_mean((wide * keep).sum(1))) * keep
+        scale = torch.rsqrt(group_mean(centred.square().sum(1)) + self.eps) * self.weight
+        return torch.addcmul(self.bias, centred, scale).to(x.dtype)
 
 
 class ConvModule(nn.Module):
@@ -370,11 +374,17 @@ class ConformerBlock(nn.Module):
 
 
 class ConformerStack(nn.Module):
-    """A pile of Conformer blocks: the multimodal encoder, and the body of the speech encoder."""
+    """A pile of Conformer blocks: the multimodal encoder, and the body of the speech encoder.
+
+    With `checkpointing`, training keeps only what goes into each block and computes its inside a
+    second time for the gradient: a third more work for a fraction of the memory. Random numbers are
+    drawn alike both times.
+    """
 
     def __init__(self, config: SlamConfig, n_layers: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ConformerBlock(config) for _ in range(n_layers))
+        self.checkpointing = False
 
     def forward(self, x: Tensor, lens: Tensor, layers: list[Tensor] | None = None) -> Tensor:
         """(B, L, D) and (B,) lengths -> (B, L, D).
@@ -383,10 +393,26 @@ class ConformerStack(nn.Module):
         """
         valid = valid_mask(lens, x.shape[1])
         for block in self.blocks:
-            x = block(x, valid)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, valid, use_reentrant=False)
+            else:
+                x = block(x, valid)
             if layers is not None:
                 layers.append(x)
         return x
+
+
+def block_flops(config: SlamConfig, lens: Tensor) -> float:
+    """Floating-point operations of one block's forward pass over rows of these lengths (B,).
+
+    A multiplication and its addition are two. Per position: 8 D d_ff in the feed-forwards, 8 D^2 in
+    the projections of attention, 4 L D in its scores and mixture, 6 D^2 in the pointwise and 2 D K
+    in the depthwise convolution. Norms and activations are not counted, nor is padding. A gradient
+    costs twice the forward pass.
+    """
+    D, lens = config.d_model, lens.double()
+    a_position = 8 * D * config.d_ff + 14 * D**2 + 2 * D * config.conv_kernel
+    return float((lens * a_position + 4 * D * lens.square()).sum())
 
 
 # ---------------------------------------------------------------------------------- speech and text

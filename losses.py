@@ -83,7 +83,12 @@ def sample_negatives(
 
 
 def contrastive(
-    context: Tensor, target: Tensor, negatives: Tensor, usable: Tensor, codes: Tensor | None
+    context: Tensor,
+    target: Tensor,
+    negatives: Tensor,
+    usable: Tensor,
+    codes: Tensor | None,
+    reach: int | None = None,
 ) -> Loss:
     """Tell the true target of a masked frame from K targets of other masked frames.
 
@@ -92,17 +97,20 @@ def contrastive(
     success. A frame without any distractor left counts for nothing. Ties are wrong.
 
     Args:    context, target (M, D); negatives (M, K) int64 into the M frames; usable (M,) bool;
-             codes (M, G) int64 drawn by the quantizer, or None when the targets have no codebook.
+             codes (M, G) int64 drawn by the quantizer, or None when the targets have no codebook;
+             reach  no distractor is further from its frame than so many of the M; None: M.
     Returns: Loss; its chance is the mean of 1 / (1 + distractors left).
     Source:  wav2vec 2.0 equation 3; striking out, as in its code (fairseq).
     """
     with torch.autocast(context.device.type, enabled=False):
         context, target = F.normalize(_wide(context), dim=-1), F.normalize(_wide(target), dim=-1)
-        # All pairs once, then K of them picked: (M, M) numbers instead of the (M, K, D) of gathered
-        # vectors.
-        similarity = context @ target.T / CONTRASTIVE_TEMPERATURE  # (M, M)
-        positive = similarity.diagonal()[:, None]  # (M, 1)
-        distractors = similarity.gather(1, negatives)  # (M, K)
+        # All pairs within reach once, then K of them picked: (M, 3 reach) numbers instead of the
+        # (M, K, D) of gathered vectors.
+        similarity, first = _similarity(context, target, reach or context.shape[0])
+        frame = torch.arange(context.shape[0], device=context.device)
+        positive = similarity.gather(1, (frame - first)[:, None])  # (M, 1)
+        places = (negatives - first[:, None]).clamp(0, similarity.shape[1] - 1)
+        distractors = similarity.gather(1, places)  # (M, K)
         struck = ~usable[:, None].expand_as(negatives)
         if codes is not None:
             struck = struck | (codes[negatives] == codes[:, None]).all(-1)
@@ -118,6 +126,28 @@ def contrastive(
             (counted / (1 + left)).sum(),
             (counted * torch.log1p(left)).sum(),
         )
+
+
+def _similarity(context: Tensor, target: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """Each context (M, D) times the targets (M, D) around it, over the temperature.
+
+    Contexts are cut into blocks of `reach`. A block is multiplied with the targets of itself and of
+    its two neighbours, so that the work grows with M and not with its square.
+
+    Returns: (M, 3 reach) similarities; (M,) the frame whose target the first column is, which may
+             be before 0.
+    """
+    M = context.shape[0]
+    n_blocks = -(-M // reach)
+    filler = n_blocks * reach - M
+    left = F.pad(context, (0, 0, 0, filler)).unflatten(0, (n_blocks, reach))
+    blocks = F.pad(target, (0, 0, reach, filler + reach)).unflatten(0, (n_blocks + 2, reach))
+    right = torch.cat([blocks[:-2], blocks[1:-1], blocks[2:]], dim=1)  # (n_blocks, 3 reach, D)
+    similarity = (
+        left @ right.transpose(1, 2) / CONTRASTIVE_TEMPERATURE
+    )  # (n_blocks, reach, 3 reach)
+    block = torch.arange(M, device=context.device) // reach
+    return similarity.flatten(0, 1)[:M], (block - 1) * reach
 
 
 def diversity(soft_perplexity: Tensor, n_entries: int, weight: Tensor) -> Loss:

@@ -198,19 +198,20 @@ class SlamPretraining(nn.Module):
         context, states = self.encoder.speech.encode(filled, lens)
         top = self.encoder.multimodal(states, lens)  # (B, T, D)
         unmasked = conv.flatten(0, 1)[at]  # (M, C): what was there before the mask
-        negatives, usable = L.sample_negatives(at // T, weight, L.N_NEGATIVES, B)
+        negatives = L.sample_negatives(at // T, weight, L.N_NEGATIVES, B)
+        reach = at.shape[0] // B  # the most masked frames that a row can have
 
         if self.objectives.speech_objective == "contrastive":
             guess = self.context_project(top.flatten(0, 1)[at])
             target = self.linear_target(unmasked)
-            return {"contrastive": L.contrastive(guess, target, negatives, usable, None)}, {}
+            return {"contrastive": L.contrastive(guess, target, *negatives, None, reach)}, {}
 
         codes = self.quantizer(unmasked, weight)
         guess = self.context_project(context.flatten(0, 1)[at])  # (M, code_dim)
         logits = self.code_head(top.flatten(0, 1)[at])  # (M, G V)
         logits = logits.unflatten(1, codes.ids.shape[1:] + (-1,))  # (M, G, V)
         losses = {
-            "contrastive": L.contrastive(guess, codes.vectors, negatives, usable, codes.drawn),
+            "contrastive": L.contrastive(guess, codes.vectors, *negatives, codes.drawn, reach),
             "diversity": L.diversity(codes.soft_perplexity, codes.hard_counts.numel(), weight),
             "code_mlm": L.code_prediction(logits, codes.ids, weight),
         }

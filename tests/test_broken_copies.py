@@ -46,8 +46,8 @@ FAULTS = {
     ),
     "group norm averages over padding": Fault(
         "conformer",
-        "keep = valid[:, :, None, None].to(wide.dtype)",
-        "keep = torch.ones_like(valid)[:, :, None, None].to(wide.dtype)",
+        "keep = valid[:, :, None].to(wide.dtype)",
+        "keep = torch.ones_like(valid)[:, :, None].to(wide.dtype)",
         deep(checks.check_stack_ignores_padding),
     ),
     "attention reads padding": Fault(

@@ -101,8 +101,9 @@ def slow_contrastive(context, target, negatives, usable, codes):
     return totals
 
 
+@pytest.mark.parametrize("reach", [None, 12, 25, 40])
 @pytest.mark.parametrize("G", [None, 1, 2])
-def test_contrastive_equals_a_slow_loop(G):
+def test_contrastive_equals_a_slow_loop(G, reach):
     torch.manual_seed(0)
     row = torch.tensor([0] * 9 + [1] * 1 + [2] * 12 + [0] * 3)
     weight = torch.tensor([1.0] * 22 + [0.0] * 3)
@@ -110,7 +111,7 @@ def test_contrastive_equals_a_slow_loop(G):
     context = target + torch.randn(25, 8, dtype=torch.float64)
     codes = None if G is None else torch.randint(0, 3, (25, G))
     negatives, usable = sample_negatives(row, weight, 6, 3)
-    loss = contrastive(context, target, negatives, usable, codes)
+    loss = contrastive(context, target, negatives, usable, codes, reach)
     for value, expected in zip(
         loss[:5], slow_contrastive(context, target, negatives, usable, codes), strict=True
     ):
