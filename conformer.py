@@ -394,7 +394,9 @@ class ConformerStack(nn.Module):
         valid = valid_mask(lens, x.shape[1])
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, valid, use_reentrant=False)
+                keeps_noise = self.training and block.ff_in.dropout.p > 0
+                keep = {"use_reentrant": False, "preserve_rng_state": keeps_noise}
+                x = checkpoint(block, x, valid, **keep)
             else:
                 x = block(x, valid)
             if layers is not None:
@@ -486,6 +488,15 @@ def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tens
     rates = torch.exp(torch.arange(half, device=device) * step)
     angles = torch.arange(length, device=device)[:, None] * rates[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def speech_flops(config: SlamConfig, lens: Tensor) -> float:
+    """As block_flops, of the whole speech encoder; lens (B,) in encoder frames."""
+    C, D = config.subsample_channels, config.d_model
+    mels = N_MELS // 2  # of a frame after the first convolution; half as many after the second
+    convolutions = 2 * 9 * (2 * mels * C + mels // 2 * C * C)
+    around = convolutions + 2 * config.conv_dim * D + 2 * D * D
+    return float(lens.sum()) * around + config.speech_layers * block_flops(config, lens)
 
 
 class TextEmbedder(nn.Module):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import losses as L
 from conformer import (
+    FRAMES_PER_S,
     PAD_ID,
     SEP_ID,
     SlamConfig,
@@ -610,6 +611,11 @@ class TaskModel(nn.Module):
         conv, lens = self.encoder.speech.subsample(features, batch.lens)
         _, states = self.encoder.speech.encode(conv, lens)
         return self.encoder.multimodal(states, lens), lens
+
+    def work(self, batch: TaskBatch) -> dict[str, float]:
+        """What a micro-batch holds, padding not counted: {"audio_s": seconds} or {"tokens": n}."""
+        size = float(batch.lens.sum())
+        return {"tokens": size} if self.modality == "text" else {"audio_s": size / FRAMES_PER_S}
 
     def counts(self, batch: TaskBatch) -> dict[str, float]:
         """What the loss is divided by: target tokens, with the end where it is predicted; rows."""

@@ -290,7 +290,9 @@ class Run:
             "head": json.loads(json.dumps(dataclasses.asdict(self.model.head_config))),
             "longest_s": float(self.train.rows.lengths.max()) / FRAMES_PER_S,
             "max_tokens": self.args.max_tokens,
-            "args": {"micro_batches": self.args.micro_batches, "size": self.args.size},
+            "args": {
+                name: getattr(self.args, name) for name in ("micro_batches", "size", "fp32_matmul")
+            },
         }
 
     def save(self, step: int) -> None:
@@ -536,7 +538,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
         estimate_statistics(model, train, args.seed)
     if ranks.rank == 0:
         run.best = BestWeights.of_run(args, run.start_step)
-    training.make_fast(model, args.fast, ranks.device)
+    training.make_fast(model, args, ranks, resumed and resumed["args"].get("fp32_matmul"))
     return run
 
 

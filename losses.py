@@ -43,6 +43,10 @@ class Loss(NamedTuple):
     blind_sum: Tensor | None = None  # the loss that a blind guess has
     answers: Tensor | None = None  # (G, V) how often each answer was the right one
 
+    def detached(self) -> Loss:
+        """The same numbers without gradient."""
+        return Loss(*(value if value is None else value.detach() for value in self))
+
 
 def _wide(x: Tensor) -> Tensor:
     """fp32 at least: losses are computed outside of bf16."""

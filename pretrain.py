@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import data
 import demo
+import fast
 import losses as L
 import training
 from conformer import (
@@ -36,8 +37,10 @@ from conformer import (
     SIZES,
     SlamConfig,
     SlamEncoder,
+    block_flops,
     join,
     sized,
+    speech_flops,
     subsampled_lens,
     valid_mask,
 )
@@ -173,6 +176,48 @@ class SlamPretraining(nn.Module):
             counts["ctc"] = float((lens * fits).sum())
         return {name: counts[name] for name in self.loss_names}
 
+    def work(self, batch: data.Batch) -> dict[str, float]:
+        """What a micro-batch holds, padding not counted.
+
+        Returns: {"audio_s": seconds, "tokens": text tokens (transcripts among them), "flops":
+                 floating-point operations of forward and backward, which has twice as many}.
+        """
+        config, audio_s, tokens, flops = self.config, 0.0, 0.0, 0.0
+        D, M = config.d_model, config.mm_layers
+        codes = 2 * D * config.n_codebooks * config.n_codes  # of a position, in the head
+        quantized = 2 * config.n_codebooks * config.n_codes * (config.conv_dim + config.code_dim)
+        if batch.speech is not None:
+            speech, n_masked = batch.speech, float(batch.speech.masked_weight.sum())
+            lens = subsampled_lens(speech.feature_lens)
+            audio_s += float(speech.feature_lens.sum()) / FRAMES_PER_S
+            flops += speech_flops(config, lens) + M * block_flops(config, lens)
+            flops += n_masked * 2 * D * config.code_dim  # the context's projection
+            if self.objectives.speech_objective == "w2v-bert":
+                flops += n_masked * (codes + quantized)
+        vocabulary = 2 * D * config.vocab_size
+        if batch.text is not None:
+            tokens += float(batch.text.lens.sum())
+            flops += M * block_flops(config, batch.text.lens)
+            flops += float(batch.text.masked_weight.sum()) * vocabulary
+        if batch.pairs is not None:
+            pairs, switches = batch.pairs, self.objectives
+            lens = subsampled_lens(pairs.speech.feature_lens)
+            audio_s += float(pairs.speech.feature_lens.sum()) / FRAMES_PER_S
+            tokens += float(pairs.text.lens.sum())
+            true, false = lens + pairs.text.lens, lens + pairs.negative_lens
+            passes = 1 + (
+                "ctc" in switches.align or "stm" in switches.align and switches.stm_unmasked
+            )
+            flops += passes * speech_flops(config, lens) + M * block_flops(config, true)
+            if "stm" in switches.align:
+                flops += M * block_flops(config, false)
+                flops += M * block_flops(config, true) * switches.stm_unmasked
+            flops += float(pairs.text.masked_weight.sum()) * vocabulary
+            flops += float(pairs.speech.masked_weight.sum()) * codes
+            if "ctc" in switches.align:
+                flops += float(lens.sum()) * vocabulary
+        return {"audio_s": audio_s, "tokens": tokens, "flops": 3 * flops}
+
     def mask_fill(self, conv: Tensor, masked: Tensor, lens: Tensor) -> Tensor:
         """Replace masked frames by noise: (B, T, C), (B, T) bool, (B,) -> (B, T, C).
 
@@ -199,19 +244,18 @@ class SlamPretraining(nn.Module):
         top = self.encoder.multimodal(states, lens)  # (B, T, D)
         unmasked = conv.flatten(0, 1)[at]  # (M, C): what was there before the mask
         negatives = L.sample_negatives(at // T, weight, L.N_NEGATIVES, B)
-        reach = at.shape[0] // B  # the most masked frames that a row can have
 
         if self.objectives.speech_objective == "contrastive":
             guess = self.context_project(top.flatten(0, 1)[at])
             target = self.linear_target(unmasked)
-            return {"contrastive": L.contrastive(guess, target, *negatives, None, reach)}, {}
+            return {"contrastive": L.contrastive(guess, target, *negatives, None, T)}, {}
 
         codes = self.quantizer(unmasked, weight)
         guess = self.context_project(context.flatten(0, 1)[at])  # (M, code_dim)
         logits = self.code_head(top.flatten(0, 1)[at])  # (M, G V)
         logits = logits.unflatten(1, codes.ids.shape[1:] + (-1,))  # (M, G, V)
         losses = {
-            "contrastive": L.contrastive(guess, codes.vectors, *negatives, codes.drawn, reach),
+            "contrastive": L.contrastive(guess, codes.vectors, *negatives, codes.drawn, T),
             "diversity": L.diversity(codes.soft_perplexity, codes.hard_counts.numel(), weight),
             "code_mlm": L.code_prediction(logits, codes.ids, weight),
         }
@@ -372,7 +416,7 @@ def retrieval(
     for place in range(ranks.rank, min(RETRIEVAL_QUERIES, len(candidates)), ranks.world_size):
         row = torch.tensor([candidates[place]]).numpy()
         speech = rows.collate(row, row * 0, int(rows.lengths[row[0]])).speech.to(ranks.device)
-        with training.autocast(ranks.device, args.dtype):
+        with fast.autocast(ranks.device, args.dtype):
             conv, speech_lens = model.encoder.speech.subsample(speech.features, speech.feature_lens)
             _, states = model.encoder.speech.encode(conv, speech_lens)  # (1, T, D)
             pairs = model.encode_pairs(states, speech_lens, padded, lens)
@@ -819,7 +863,10 @@ class Run:
                 "config": dataclasses.asdict(self.model.config),
                 "modalities": list(self.model.encoder.modalities),
                 "tokenizer": torch.tensor(model_bytes, dtype=torch.uint8) if model_bytes else None,
-                "args": {"micro_batches": self.args.micro_batches, "size": self.args.size},
+                "args": {
+                    name: getattr(self.args, name)
+                    for name in ("micro_batches", "size", "fp32_matmul")
+                },
                 "run": self.identity,
                 "carried": self.carried,
             }, self.args.keep_last, self.args.keep_every)  # fmt: skip
@@ -890,7 +937,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Run | None:
     optimizer = training.make_optimizer(model, args.weight_decay, rates)
     if resumed:
         training.load_optimizer(optimizer, resumed["optimizer"])
-    training.make_fast(model, args.fast, ranks.device)
+    training.make_fast(model, args, ranks, resumed and resumed["args"].get("fp32_matmul"))
     return Run(
         args, ranks, model, optimizer, rows, dev_rows, plans, tokenizer,
         identity, start_step, carried,

@@ -12,8 +12,8 @@ same A do the same step.
 Public: Ranks, setup_ranks, seed_micro_batch, inverse_sqrt, Rate, make_optimizer, set_rates,
         load_optimizer, loss_scales, TensorBatch, RowFault, BadRows, train, evaluate_sums, means,
         save_checkpoint, find_checkpoint, find_weights, load_checkpoint, load_checkpoint_of,
-        MetricsLog, check_alarms, follow, run_entry_point, find_start, check_same_run, make_fast,
-        StopSignal, add_arguments.
+        MetricsLog, check_alarms, follow, run_entry_point, find_start, check_same_run, speed,
+        make_fast, StopSignal, add_arguments.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+import fast
+from conformer import ConformerStack
 
 CODEBOOK_ALARM = 0.05  # of V: a hard perplexity below this share is called a collapse
 DATA_WAIT_ALARM = 0.2  # of the step's time
@@ -227,16 +229,28 @@ def loss_scales(
 class TensorBatch:
     """What every batch can do: move all its tensors. A dataclass of tensors derives from this."""
 
-    def _map(self, move: Callable[[Any], Any]) -> Any:
+    def _parts(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved = {k: move(v) for k, v in values.items() if isinstance(v, (Tensor, TensorBatch))}
-        return dataclasses.replace(self, **moved)
+        return {k: v for k, v in values.items() if isinstance(v, (Tensor, TensorBatch))}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Any:
+        """A copy with every tensor changed."""
+        changed = {
+            name: change(part) if isinstance(part, Tensor) else part.map(change)
+            for name, part in self._parts().items()
+        }
+        return dataclasses.replace(self, **changed)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, in a fixed order."""
+        for part in self._parts().values():
+            yield from [part] if isinstance(part, Tensor) else part.tensors()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
-        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Any:
-        return self._map(lambda value: value.pin_memory())
+        return self.map(Tensor.pin_memory)
 
 
 class RowFault(NamedTuple):
@@ -350,7 +364,7 @@ class Sums:
             self._add(name, value)
 
     def _add(self, key: str, value: Tensor) -> None:
-        value = value.detach().double()
+        value = value.detach().to(torch.float64, copy=True)  # a replay may write over it
         self.values[key] = self.values[key] + value if key in self.values else value
 
     def reduced(self, ranks: Ranks) -> dict[str, Tensor]:
@@ -410,13 +424,6 @@ def _frequencies(counts: Tensor) -> tuple[Tensor, Tensor]:
     return share, -torch.xlogy(share, share).sum(-1)
 
 
-def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """bf16 autocast, or nothing for fp32 and fp64."""
-    if dtype == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
 def train(
     model: nn.Module,
     micro_batches: Iterator[Any],
@@ -432,8 +439,8 @@ def train(
     """The loop: from `start_step` to args.max_steps, one optimiser step at a time.
 
     Args:    model          forward(batch) -> ({name: Loss}, {name: Tensor}); `counts(batch)` ->
-                            {name: number} in the order of `loss_names`; `step_done()`, called after
-                            each step.
+                            {name: number} in the order of `loss_names`; `work(batch)` -> {unit:
+                            number}, what is processed; `step_done()`, called after each step.
              micro_batches  this rank's batches in plan order: A/W of them a step.
              on_log(step, metrics), on_save(step), on_eval(step): called on every rank, after the
                             step. The last one may answer True, on all ranks alike: enough.
@@ -442,11 +449,12 @@ def train(
              on all ranks alike.
     """
     stop, parameters = StopSignal(), [p for p in model.parameters() if p.requires_grad]
-    replicas = model
-    if ranks.world_size > 1:
-        replicas = DistributedDataParallel(model, forward_sync_buffers=False)
+    where = (model, ranks.device, args.dtype, ranks.world_size, args.reduce_dtype)
+    micro_step = fast.make_micro_step(args.fast, *where)
+    peak_flops = ranks.world_size * fast.matmul_flops(ranks.device, args.dtype)
     local = range(ranks.rank, args.micro_batches, ranks.world_size)
     sums, window_start, window_steps, data_wait = Sums(), time.perf_counter(), 0, 0.0
+    work: Counter[str] = Counter()  # of the steps since the last log line
     bad_steps = skipped_total = torch.zeros((), device=ranks.device)
     model.train()
     for step in range(start_step, args.max_steps):
@@ -471,18 +479,12 @@ def train(
 
         rates = set_rates(optimizer, step, args)
         for k, batch in zip(local, batches):
+            work.update(model.work(batch))
             seed_micro_batch(args.seed, step, k)
-            last = k == local[-1]
-            with contextlib.nullcontext() if last or ranks.world_size == 1 else replicas.no_sync():
-                with autocast(ranks.device, args.dtype):
-                    losses, statistics = replicas(batch.to(ranks.device, non_blocking=True))
-                objective = sum(
-                    loss.sum * scales[name].to(loss.sum.dtype) for name, loss in losses.items()
-                )
-                objective.backward()
-            sums.add(losses, statistics)
+            sums.add(*micro_step(batch, scales, last=k == local[-1]))
+        micro_step.reduce()
         grad_norm, skipped = optimizer_step(optimizer, parameters, args.grad_clip)
-        optimizer.zero_grad(set_to_none=True)
+        micro_step.zero_grad(optimizer)
         model.step_done()
         bad_steps, skipped_total = (bad_steps + 1) * skipped, skipped_total + skipped
         window_steps += 1
@@ -497,6 +499,7 @@ def train(
             metrics["skipped_steps"] = float(skipped_total)
             metrics["step_ms"] = 1e3 * elapsed / window_steps
             metrics["data_wait_ms"] = 1e3 * data_wait / window_steps
+            metrics |= speed(work, elapsed, peak_flops, ranks)
             on_log(done, metrics)
             if float(bad_steps) >= args.max_bad_steps:
                 raise FloatingPointError(
@@ -504,7 +507,7 @@ def train(
                     f"up to step {done}: lower --lr, or try --dtype fp32; "
                     "the last checkpoint is from before"
                 )
-            sums, window_steps, data_wait = Sums(), 0, 0.0
+            sums, work, window_steps, data_wait = Sums(), Counter(), 0, 0.0
         if done % args.save_every == 0 or done == args.max_steps:
             on_save(done)
         due = done == args.max_steps or (args.eval_every and done % args.eval_every == 0)
@@ -519,6 +522,27 @@ def train(
     return 0
 
 
+def speed(
+    work: dict[str, float], seconds: float, peak_flops: float, ranks: Ranks
+) -> dict[str, float]:
+    """What is logged of a run's speed: audio_s_per_s, tokens_per_s, mfu, peak_mib, compilations.
+
+    MFU, model FLOP utilisation, is the operations that the model needs on what is not padding, per
+    second, over those of the best matrix product that this device makes (measured when the run
+    started, in its dtype). Needed is what the definition of the model says: 3 times the forward
+    pass (conformer.block_flops and the heads), whether or not something is computed twice.
+
+    Args: work  of this rank, in `seconds`; all ranks have the same units.
+    """
+    units = sorted(work)
+    done = torch.tensor([work[u] for u in units], dtype=torch.float64, device=ranks.device)
+    rates = {u: amount / seconds for u, amount in zip(units, ranks.sum(done).tolist())}
+    out = {"mfu": rates.pop("flops") / peak_flops} if "flops" in rates else {}
+    out |= {f"{unit}_per_s": rate for unit, rate in rates.items()}
+    out["peak_mib"] = fast.peak_memory_mib(ranks.device)
+    return out | {"compilations": float(fast.compilations())}
+
+
 @torch.no_grad()
 def evaluate_sums(
     model: nn.Module, batches: Sequence[Any], args: argparse.Namespace, ranks: Ranks
@@ -531,7 +555,7 @@ def evaluate_sums(
     sums = Sums()
     for i in range(ranks.rank, len(batches), ranks.world_size):
         seed_micro_batch(args.seed, 0, i)
-        with autocast(ranks.device, args.dtype):
+        with fast.autocast(ranks.device, args.dtype):
             sums.add(*model(batches[i].to(ranks.device)))
     return sums.reduced(ranks)
 
@@ -857,7 +881,8 @@ def follow(
             ringing.update(alarms)
 
     def on_eval(step: int) -> bool:
-        found = evaluate(step)
+        with fast.uncompiled(args.fast):
+            found = evaluate(step)
         if ranks.rank == 0:
             log.write(step, {f"dev/{k}": v for k, v in found.metrics.items()})
             ranks.log(f"held out, step {step}\n{found.table}")
@@ -981,35 +1006,30 @@ def check_same_run(
     ]
 
 
-# -------------------------------------------------------------------------- fast path and arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
-def make_fast(model: nn.Module, mode: str, device: torch.device) -> None:
-    """The one switch for speed: none, torch.compile, or torch.compile with CUDA graphs.
+def make_fast(model: nn.Module, args: argparse.Namespace, ranks: Ranks, stored: str | None) -> None:
+    """Set up what --fast, --activation-checkpointing and --fp32-matmul say, before training.
 
-    Eager stays the truth. Batches have at most 8 joint shapes (data.py), so static shapes are
-    compiled. Compiled in place: parameter names stay.
-    Raises: ValueError when the machine cannot do it.
+    Args:   stored  the kind of matrix products that the resumed run had: its numbers go on.
+    Raises: ValueError where this machine cannot.
     """
-    if mode == "none":
-        return
-    if mode == "graph" and device.type != "cuda":
-        raise ValueError(
-            "--fast graph captures CUDA graphs and this machine has no CUDA device: "
-            "use --fast none or compile"
-        )
-    if mode == "compile" and device.type == "cpu" and not _has_cpp_compiler():
-        raise ValueError(
-            "--fast compile needs a C++ compiler on CPU (g++, clang++ or $CXX) and found none: "
-            "use --fast none"
-        )
-    model.compile(dynamic=False, mode="reduce-overhead" if mode == "graph" else "default")
-
-
-def _has_cpp_compiler() -> bool:
-    import shutil
-
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+    recomputes = args.activation_checkpointing and any(
+        isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()
+    )
+    fast.check_fast(args.fast, ranks.device, model.loss_names, recomputes)
+    fast.compile_blocks(model, args.fast)
+    for part in model.modules():
+        if isinstance(part, ConformerStack):
+            part.checkpointing = args.activation_checkpointing
+    if args.fp32_matmul == "auto" and stored:
+        args.fp32_matmul = stored
+    chosen, why = fast.choose_matmul(args.fp32_matmul, ranks.device)
+    args.fp32_matmul = ranks.union({"chosen": chosen} if ranks.rank == 0 else {})["chosen"]
+    torch.set_float32_matmul_precision(args.fp32_matmul)
+    if why:
+        ranks.log(why)
 
 
 def parse_weights(text: str, known: Iterable[str]) -> dict[str, float]:
@@ -1068,6 +1088,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("none", "compile", "graph"),
         default="none",
         help="fast path (default: %(default)s)",
+    )
+    add(
+        "--activation-checkpointing",
+        action="store_true",
+        help="keep only what enters each block, and compute its inside again for the gradient",
+    )
+    add(
+        "--fp32-matmul",
+        choices=("auto", "highest", "high", "medium"),
+        default="auto",
+        help="torch.set_float32_matmul_precision; auto: on a CPU the faster of two exact ones, "
+        "else highest",
+    )
+    add(
+        "--reduce-dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="type in which gradients travel between ranks (default: %(default)s)",
     )
     add("--num-workers", type=int, default=0, help="loader processes a rank (default: %(default)s)")
     add(

@@ -694,6 +694,9 @@ class _Toy(nn.Module):
         error = batch.x @ self.weight - batch.y
         return {"squares": Loss(error.square().sum(), torch.tensor(float(len(error))))}, {}
 
+    def work(self, batch: _ToyBatch) -> dict[str, float]:
+        return {}
+
     def counts(self, batch: _ToyBatch) -> dict[str, float]:
         return {"squares": float(len(batch.x))}
 
@@ -747,7 +750,7 @@ def check_two_ranks_equal_one_process(training: ModuleType) -> None:
         args = argparse.Namespace(
             micro_batches=max(world_size, len(batches)), max_steps=1, lr=1.0, warmup_steps=1,
             dtype="fp64", grad_clip=1e9, loss_weights={}, log_every=1, eval_every=0,
-            save_every=2, max_bad_steps=1, seed=0,
+            save_every=2, max_bad_steps=1, seed=0, fast="none", reduce_dtype="fp32",
         )  # fmt: skip
         try:
             ranks = Played(rank, rank, world_size, torch.device("cpu"))
@@ -761,7 +764,7 @@ def check_two_ranks_equal_one_process(training: ModuleType) -> None:
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with mock.patch.object(training, "DistributedDataParallel", lambda model, **_: model):
+        with mock.patch.object(training.fast, "DistributedDataParallel", lambda model, **_: model):
             ranks = torch.stack([gradient(rank, 2, [parts[rank]]) for rank in (0, 1)]).mean(0)
         one = gradient(0, 1, parts)
         whole = gradient(0, 1, [_ToyBatch(x, y)])

@@ -60,6 +60,9 @@ class Toy(nn.Module):
     def counts(self, batch: Rows) -> dict[str, float]:
         return {"fit": float(len(batch.x))}
 
+    def work(self, batch: Rows) -> dict[str, float]:
+        return {"rows": float(len(batch.x)), "flops": 18.0 * len(batch.x)}
+
     def forward(self, batch: Rows) -> tuple[dict[str, Loss], dict[str, torch.Tensor]]:
         error = (self.linear(batch.x)[:, 0] - batch.y).square().sum()
         error = error * (math.nan if self.steps in self.poison else 1.0)
@@ -76,6 +79,7 @@ def options(**changes: object) -> argparse.Namespace:
     known = dict(
         max_steps=6, micro_batches=1, lr=0.1, warmup_steps=2, grad_clip=5.0, seed=0, dtype="fp64",
         log_every=1, save_every=100, eval_every=0, max_bad_steps=20, loss_weights={},
+        fast="none", reduce_dtype="fp32",
     )  # fmt: skip
     return argparse.Namespace(**known | changes)
 
@@ -659,31 +663,6 @@ def test_dtype_auto_is_bf16_on_cuda_and_fp32_elsewhere():
     assert training.resolve_dtype("auto", torch.device("cuda")) == "bf16"
     assert training.resolve_dtype("auto", torch.device("cpu")) == "fp32"
     assert training.resolve_dtype("fp64", torch.device("cuda")) == "fp64"
-
-
-def test_fast_graph_without_cuda_and_compile_without_a_compiler_are_one_clear_line(monkeypatch):
-    model, cpu = Toy(), torch.device("cpu")
-    with pytest.raises(ValueError, match="--fast graph.*no CUDA.*--fast none"):
-        training.make_fast(model, "graph", cpu)
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ValueError, match=r"--fast compile needs a C\+\+ compiler.*--fast none"):
-        training.make_fast(model, "compile", cpu)
-
-
-def test_fast_compiles_in_place_with_static_shapes_and_none_compiles_nothing(monkeypatch):
-    calls, model = [], Toy()
-    names = list(model.state_dict())
-    monkeypatch.setattr("shutil.which", lambda name: "/bin/true")
-    model.compile = lambda **options: calls.append(options)
-    training.make_fast(model, "none", torch.device("cpu"))
-    assert calls == []
-    training.make_fast(model, "compile", torch.device("cpu"))
-    training.make_fast(model, "graph", torch.device("cuda"))
-    assert calls == [
-        {"dynamic": False, "mode": "default"},
-        {"dynamic": False, "mode": "reduce-overhead"},
-    ]
-    assert list(model.state_dict()) == names
 
 
 def test_importing_changes_no_signal_handler_and_makes_no_process_group():

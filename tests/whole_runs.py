@@ -83,6 +83,12 @@ def metrics_of(out_dir: Path) -> list[dict]:
     return [row for row in training.read_metrics(out_dir / "metrics.jsonl") if "lr" in row]
 
 
+def timeless(row: dict) -> dict:
+    """A line of metrics without what the clock and the machine decide."""
+    measured = ("_ms", "_per_s", "mfu", "peak_mib")
+    return {key: value for key, value in row.items() if not key.endswith(measured)}
+
+
 def dev_metrics_of(out_dir: Path) -> list[dict]:
     return [row for row in training.read_metrics(out_dir / "metrics.jsonl") if "lr" not in row]
 
