@@ -18,6 +18,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,7 +73,8 @@ def _matmul_error(device: torch.device) -> float:
 
 
 def choose_matmul(choice: str, device: torch.device) -> tuple[str, str]:
-    """Set how fp32 matrix products are made -> what was set, and a sentence about it.
+    """Set how fp32 matrix products are made -> what was set, and why if that is not torch's
+    default.
 
     On some processors torch's default library for them reaches half of what another one, oneDNN,
     does; torch.set_float32_matmul_precision("medium") leads there. What "medium" means depends on
@@ -96,6 +98,8 @@ def choose_matmul(choice: str, device: torch.device) -> tuple[str, str]:
     chosen = "medium" if gain >= WORTH_SWITCHING and error["medium"] < EXACT else "highest"
     torch.set_float32_matmul_precision(chosen)
     why = f"medium is {gain:.2f} times as fast, largest error {error['medium']:.0e} of the RMS"
+    if chosen == "highest":
+        return chosen, ""
     return chosen, f"fp32 matrix products: {chosen} ({why}; --fp32-matmul)"
 
 
@@ -172,6 +176,17 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
+def _average_in_bf16(state, bucket):  # DistributedDataParallel takes no postponed annotations
+    """How DistributedDataParallel averages a bucket of gradients, halved in transit.
+
+    torch has such a hook, but for NCCL alone.
+    """
+    wide = bucket.buffer()
+    short = (wide / dist.get_world_size()).bfloat16()
+    sent = dist.all_reduce(short, async_op=True).get_future()
+    return sent.then(lambda done: wide.copy_(done.value()[0]))
+
+
 class MicroStep:
     """Forward and backward of one micro-batch after the other; gradients add up in `.grad`.
 
@@ -195,13 +210,11 @@ class MicroStep:
             self.replicas = self._replicate(reduce_dtype)
 
     def _replicate(self, reduce_dtype: str) -> nn.Module:
-        replicas = DistributedDataParallel(
-            self.model, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        # Of the depthwise weights, a few thousand numbers that come with strides of their own.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        replicas = DistributedDataParallel(self.model, forward_sync_buffers=False)
         if reduce_dtype == "bf16":
-            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-            replicas.register_comm_hook(None, default_hooks.bf16_compress_hook)
+            replicas.register_comm_hook(None, _average_in_bf16)
         return replicas
 
     def __call__(
