@@ -245,6 +245,19 @@ def test_two_ranks_do_what_one_process_does_in_float32(alone, together):
     assert_close_logs(dev_metrics_of(alone[0]), dev_metrics_of(together[0]), 1e-3, r"dev/loss")
 
 
+def test_gradients_that_travel_in_bf16_and_activations_made_twice_change_no_more_than_rounding(
+    together, corpus, micro_main, tmp_path
+):
+    """The log's gradient norms show that something was rounded, and no more than that."""
+    more = [*WHOLE, "--reduce-dtype", "bf16", "--activation-checkpointing"]
+    finish(start(micro_main, options(corpus, tmp_path, *more), n_ranks=2))
+    one, two = metrics_of(together[0]), metrics_of(tmp_path)
+    assert_close_logs(one[:1], two[:1], 1e-5, r"loss")
+    assert_close_logs(one[:1], two[:1], 2e-3, r"grad_norm")
+    assert_close_logs(one, two, 5e-2, r"loss/(span_lm|contrastive|stm)")
+    assert one[0]["grad_norm"] != two[0]["grad_norm"]
+
+
 def test_a_run_moves_every_weight(alone, corpus, micro):
     """From the weights that its seed makes."""
     model, _, _, _ = prepare(corpus)
