@@ -1035,6 +1035,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return dtype if dtype != "auto" else ("bf16" if device.type == "cuda" else "fp32")
 
 
+def resolve_log_mel(where: str, device: torch.device) -> str:
+    """`auto` -> loader on a CPU, device elsewhere."""
+    return where if where != "auto" else ("loader" if device.type == "cpu" else "device")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every training entry point has."""
     add = parser.add_argument_group("optimisation").add_argument
@@ -1068,6 +1073,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("none", "compile", "graph"),
         default="none",
         help="fast path (default: %(default)s)",
+    )
+    add(
+        "--log-mel",
+        choices=("auto", "loader", "device"),
+        default="auto",
+        help="who makes log-mel of the audio (auto: the loader on a CPU, else the device)",
     )
     add("--num-workers", type=int, default=0, help="loader processes a rank (default: %(default)s)")
     add(

@@ -1,6 +1,7 @@
 """Properties of data.py: what is in a row, a mask, a plan, a batch, whoever asks for it."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -912,6 +913,70 @@ def test_batches_move_to_another_device_whole(stream):
     assert {value.device.type for value in tensors_of(moved).values()} == {"meta"}
 
 
+def waveforms_of(stream: data.PretrainData) -> data.PretrainData:
+    """The same stream with its log-mel left to the device."""
+    streams = {name: getattr(stream, name) for name in ("speech", "text", "pairs")}
+    streams = {name: its and (copy.copy(its[0]), its[1]) for name, its in streams.items()}
+    for name in ("speech", "pairs"):
+        streams[name][0].on_device = True
+    return data.PretrainData(**streams)
+
+
+def assert_same_but_for_rounding(a: data.Batch, b: data.Batch) -> None:
+    """Log-mel to 1e-4 and zero at the same places; all else equal."""
+    assert a.faults == b.faults
+    a, b = tensors_of(a), tensors_of(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.endswith(".features"):
+            assert a[name].shape == b[name].shape and a[name].dtype == b[name].dtype
+            assert torch.allclose(a[name], b[name], rtol=0, atol=1e-4)
+            assert torch.equal((a[name] == 0).all(-1), (b[name] == 0).all(-1))
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_log_mel_made_on_the_device_is_that_of_the_loader(stream, num_workers):
+    """Lengths, masks and padding are the same, and counts are known before the batch is moved."""
+    waveforms, steps = waveforms_of(stream), [(s, k) for s in range(6) for k in range(2)]
+    how = {"batch_size": None, "sampler": steps, "num_workers": num_workers}
+    for step, loaded in zip(steps, DataLoader(waveforms, **how), strict=True):
+        expected = stream[step]
+        assert isinstance(loaded.speech.features, data.Waveforms)
+        assert isinstance(loaded.pairs.speech.features, data.Waveforms)
+        assert loaded.counts() == expected.counts()
+        assert torch.equal(loaded.speech.feature_lens, expected.speech.feature_lens)
+        with torch.autocast("cpu", torch.bfloat16):  # as the training loop moves its batches
+            moved = loaded.to("cpu", non_blocking=True)
+        assert_same_but_for_rounding(moved, expected)
+        assert not moved.speech.features.requires_grad
+
+
+def test_waveforms_can_be_pinned_with_the_rest(stream, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    batch = waveforms_of(stream)[0, 0]
+    copied = batch.pin_memory()
+    assert isinstance(copied.speech.features, data.Waveforms)
+    assert len(pinned) == len(tensors_of(batch)) > 2
+    assert_same(copied, batch)
+
+
+def test_a_row_that_is_longer_than_its_duration_is_cut_in_frames_on_the_device_too(tmp_path):
+    write_wave(tmp_path / "a.wav", 1.0)
+    cut = {"audio_filepath": "a.wav", "duration": 0.12996}  # to the sample it has a frame more
+    path = write_manifest(tmp_path / "m.jsonl", [cut, cut | {"duration": 0.5}])
+    rows = data.SpeechRows(data.Manifest.read([path]), 5.0, 0)
+    numbers, longest = np.arange(2), int(rows.lengths.max())
+    expected = rows.collate(numbers, 0 * numbers, longest)
+    rows.on_device = True
+    found = rows.collate(numbers, 0 * numbers, longest)
+    assert found.feature_lens.tolist() == rows.lengths.tolist()
+    assert_same_but_for_rounding(data.Batch(speech=found.to("cpu")), data.Batch(speech=expected))
+    assert [len(rows.wave(i, 0)) for i in range(2)] == [data.n_samples(n) for n in rows.lengths]
+
+
 def test_streams_may_be_missing(stream):
     for name in ("speech", "text", "pairs"):
         batch = data.PretrainData(**{name: getattr(stream, name)})[2, 0]
@@ -1151,6 +1216,16 @@ def test_unreadable_rows_are_replaced_by_others_of_their_bucket_and_named(damage
                 found[fault.stream][fault.where] = fault.reason
     assert found == {"speech": reasons, "pairs": reasons}
     assert stream.audio_rows == {"speech": 42, "pairs": 42}
+
+
+def test_stand_ins_are_the_same_where_the_device_makes_log_mel(damaged, tokenizer):
+    stream = speech_and_pairs(damaged[0], tokenizer)
+    waveforms, faults = waveforms_of(stream), 0
+    for step in range(12):
+        found, expected = waveforms[step, 0], stream[step, 0]
+        assert_same_but_for_rounding(found.to("cpu"), expected)
+        faults += len(found.faults or ())
+    assert faults > 5
 
 
 def test_a_stand_in_comes_with_its_own_text(damaged, tokenizer):
