@@ -1329,10 +1329,10 @@ class Listener(torch.nn.Module):
 
 @pytest.fixture
 def listen(damaged, tokenizer, tmp_path):
-    """Train for 30 steps on the damaged set."""
+    """Train for 30 steps on the damaged set, or from one step to another."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def run(**changes) -> list[dict]:
+    def run(start_step=0, save=lambda step: None, **changes) -> list[dict]:
         known = dict(
             max_steps=30, micro_batches=2, lr=1e-3, warmup_steps=2, grad_clip=5.0, seed=0,
             dtype="fp32", log_every=10, save_every=100, eval_every=0, max_bad_steps=20,
@@ -1342,8 +1342,8 @@ def listen(damaged, tokenizer, tmp_path):
         optimizer = training.make_optimizer(model, 0.01)
         training.follow(
             model, speech_and_pairs(damaged[0], tokenizer), args,
-            training.Ranks(0, 0, 1, torch.device("cpu")), 0, optimizer=optimizer, about={},
-            save=lambda step: None, evaluate=None,
+            training.Ranks(0, 0, 1, torch.device("cpu")), start_step, optimizer=optimizer,
+            about={}, save=save, evaluate=None,
         )  # fmt: skip
         return training.read_metrics(tmp_path / "run" / "metrics.jsonl")
 
@@ -1366,6 +1366,68 @@ def test_training_goes_on_and_names_each_unreadable_file_once(damaged, listen, c
         assert sum(f"{manifest.where(i)}: {name}" in line for line in named) == 1
     summary = [line for line in lines if line.startswith("speech: 12 of 42 rows cannot be read")]
     assert len(summary) == 1 and "(29%): 5 cannot decode audio, 2 " in summary[0]
+
+
+def named_in(printed: str) -> list[str]:
+    """What was said of each row that cannot be read."""
+    start = "cannot be read, another row is used: "
+    return [line.removeprefix(start) for line in printed.splitlines() if line.startswith(start)]
+
+
+def test_a_run_that_resumes_names_no_row_again_and_counts_all(listen, capsys, tmp_path):
+    """Also those met since the last log line; those from after the resumed step are forgotten."""
+    record = tmp_path / "run" / "bad_rows.json"
+    at_save = {}
+
+    def save(step):
+        at_save[step] = json.loads(record.read_text())
+
+    listen(save_every=1, save=save)
+    printed = capsys.readouterr().out
+    whole, before = named_in(printed), {message for *_, message in at_save[1]}
+    assert 0 < len(before) < len(whole) == 12
+    assert all(step == 1 for step, *_ in at_save[1])
+    assert at_save[30] == json.loads(record.read_text())
+    last = [line for line in printed.splitlines() if "rows cannot be read" in line][-1]
+    listen(start_step=1)
+    printed = capsys.readouterr().out
+    assert not before & {*named_in(printed)}
+    assert sorted([*before, *named_in(printed)]) == sorted(whole)
+    assert [line for line in printed.splitlines() if "rows cannot be read" in line][-1] == last
+    listen(start_step=30, max_steps=34)  # all are known by now
+    assert named_in(capsys.readouterr().out) == []
+    record.write_text("[[1, 2")
+    listen(start_step=1)
+    assert len(named_in(capsys.readouterr().out)) == 12
+
+
+def test_a_run_without_a_record_resumes_and_after_too_many_bad_rows_it_is_gone(
+    listen, capsys, tmp_path
+):
+    """A checkpoint from before there were records; and rows that were mended are not counted."""
+    listen(start_step=20)
+    assert (tmp_path / "run" / "bad_rows.json").exists() and named_in(capsys.readouterr().out)
+    with pytest.raises(ValueError, match="--max-bad-share"):
+        listen(max_bad_share=0.01)
+    assert not (tmp_path / "run" / "bad_rows.json").exists()
+
+
+def test_the_record_of_rank_0_is_known_to_all_ranks(tmp_path):
+    fault, shared = training.RowFault("speech", "m.jsonl:1", "no audio", "m.jsonl:1: no audio"), {}
+    record = tmp_path / "bad_rows.json"
+    record.write_text(json.dumps([[3, *fault], [9, *fault._replace(where="m.jsonl:2")]]))
+
+    class Pair(training.Ranks):
+        def union(self, own):
+            shared.update(own)
+            return dict(shared)
+
+    for rank, its in enumerate((record, tmp_path / "of another machine")):
+        bad_rows = training.BadRows({"speech": 100}, 0.5, its)
+        bad_rows.resume(Pair(rank, rank, 2, torch.device("cpu")), 3)
+        assert bad_rows.known == {("speech", "m.jsonl:1"): fault}
+    assert json.loads(record.read_text()) == [[3, *fault]]
+    assert not (tmp_path / "of another machine").exists()
 
 
 def test_more_unreadable_rows_than_allowed_end_the_run_with_what_to_do(listen, capsys):
@@ -1392,9 +1454,10 @@ def test_ranks_agree_on_the_rows_that_cannot_be_read(capsys):
         batch = data.Batch(faults=faults[rank : rank + 2])
         assert list(bad_rows.watch([batch])) == [batch]
         quiet = training.BadRows({"speech": 100}, 0.0)
-        assert quiet.name(Pair(1, 1, 2, torch.device("cpu"))) == ["speech"]  # names, never stops
+        quiet.name(Pair(1, 1, 2, torch.device("cpu")), 1)  # names, never stops
+        assert len(quiet.known) == 3
         with pytest.raises(ValueError, match=r"speech: 3 of 100 rows cannot be read \(3%\)"):
-            bad_rows.agree(Pair(rank, rank, 2, torch.device("cpu")))
+            bad_rows.agree(Pair(rank, rank, 2, torch.device("cpu")), 1)
     assert both[0].known == both[1].known and len(both[0].known) == 3
     assert capsys.readouterr().out.count("another row is used") == 3  # rank 0 alone prints
 
