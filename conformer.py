@@ -185,6 +185,12 @@ def _povey_window() -> Tensor:
     return torch.hann_window(WINDOW_SAMPLES, periodic=False, dtype=torch.float64).pow(0.85).float()
 
 
+@functools.lru_cache(maxsize=16)
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Window and filters, kept on the device: log_mel copies nothing from the host."""
+    return _povey_window().to(device), _mel_filters(N_FFT).to(device)
+
+
 @functools.lru_cache(maxsize=1)
 def _mel_bands() -> list[tuple[slice, slice]]:
     """(bins, filters) of blocks that hold all of the filter matrix that is not 0: a quarter."""
@@ -202,7 +208,8 @@ def log_mel(waveform: Tensor, lens: Tensor | None = None) -> Tensor:
     Args:    waveform (..., N) float32 in [-1, 1] at 16 kHz, N >= 400, on any device.
              lens     (B,) int64 samples of each row of a padded batch (B, N), which then has the
                       numbers of its rows alone, and zero after n_frames(lens) frames.
-    Returns: (..., F, 80) float32, natural log of the energy at 16-bit scale, F = n_frames(N).
+    Returns: (..., F, 80) float32, also under autocast: natural log of the energy at 16-bit scale,
+             F = n_frames(N).
     Raises:  ValueError when the waveform is shorter than one window.
     """
     if waveform.shape[-1] < WINDOW_SAMPLES:
@@ -213,7 +220,8 @@ def log_mel(waveform: Tensor, lens: Tensor | None = None) -> Tensor:
     blocks = []
     for start in range(0, n, size):
         stop = min(start + size, n) * HOP_SAMPLES + WINDOW_SAMPLES - HOP_SAMPLES
-        blocks.append(_log_mel_block(waveform[..., start * HOP_SAMPLES : stop]))
+        with torch.autocast(waveform.device.type, enabled=False):
+            blocks.append(_log_mel_block(waveform[..., start * HOP_SAMPLES : stop]))
     features = torch.cat(blocks, dim=-2)  # (..., F, 80)
     if lens is None:
         return features
@@ -223,15 +231,15 @@ def log_mel(waveform: Tensor, lens: Tensor | None = None) -> Tensor:
 
 def _log_mel_block(waveform: Tensor) -> Tensor:
     """log_mel of a part, all frames at once."""
+    window, filters = _tables(waveform.device)
     frames = (waveform * 32768.0).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)  # (..., F, 400)
     frames = frames - frames.mean(-1, keepdim=True)
     emphasised = frames.new_zeros(*frames.shape[:-1], N_FFT)  # (..., F, 512)
     # Pre-emphasis within the frame. The first sample has none before it; its window is 0.
     emphasised[..., 1:WINDOW_SAMPLES] = torch.sub(frames[..., 1:], frames[..., :-1], alpha=0.97)
-    emphasised[..., :WINDOW_SAMPLES] *= _povey_window().to(frames.device)
+    emphasised[..., :WINDOW_SAMPLES] *= window
     spectrum = torch.fft.rfft(emphasised)  # (..., F, 257)
     power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # abs() takes 4x as long
-    filters = _mel_filters(N_FFT).to(frames.device)
     bands = [power[..., bins] @ filters[bins, mels] for bins, mels in _mel_bands()]
     energy = torch.cat(bands, dim=-1)  # (..., F, 80)
     return energy.clamp_(min=torch.finfo(torch.float32).eps).log_()

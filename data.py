@@ -11,12 +11,11 @@ on (seed, 3, 7) alone, never on the number of workers or ranks, nor on what was 
 run resumes with one integer, the step.
 
 Public:  mask_budget, span_mask, mask_text, spec_augment, row_rng, joint_bucket, BatchPlan,
-         SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows, StandIns,
-         read_rows, PretrainData,
-         HeldOut, feature_statistics. Commands: manifest, text, tokenizer, glue, textnorm, check
-         (their work is done in importers.py and corpora.py).
-Letters: B rows, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens, M masked
-         positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
+         Waveforms, SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows,
+         StandIns, read_rows, PretrainData, HeldOut, feature_statistics. Commands: manifest, text,
+         tokenizer, glue, textnorm, check (their work is done in importers.py and corpora.py).
+Letters: B rows, N wave samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens,
+         M masked positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
 Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT
          (Joshi et al. 2020) for those of text.
 """
@@ -45,6 +44,7 @@ from torch.utils.data import Dataset
 
 from conformer import (
     CLS_ID,
+    HOP_SAMPLES,
     MASK_ID,
     N_MELS,
     N_SPECIAL,
@@ -52,6 +52,7 @@ from conformer import (
     SAMPLE_RATE,
     SEP_ID,
     UNK_ID,
+    WINDOW_SAMPLES,
     log_mel,
     n_frames,
     subsampled_lens,
@@ -379,10 +380,33 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class Waveforms(TensorBatch):
+    """Audio that stands where a batch's log-mel will be: the device makes it, not the loader.
+
+    to(device) gives the features, so that a batch that has been moved holds them whoever made them,
+    and the model does not know of this.
+    """
+
+    samples: Tensor  # (B, N) float32 at 16 kHz, zero after each row's end
+    lens: Tensor  # (B,) int64 samples
+
+    @torch.no_grad()
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
+        """(B, F, 80) float32 log-mel on the device, zero after each row's end."""
+        moved = super().to(device, non_blocking)
+        return log_mel(moved.samples, moved.lens)
+
+    def roll(self, shift: int, dim: int) -> Waveforms:
+        """As Tensor.roll; of the rows alone."""
+        assert dim == 0, dim
+        return self._map(lambda value: value.roll(shift, dim))
+
+
+@dataclass(frozen=True)
 class SpeechBatch(TensorBatch):
     """Utterances. Features are raw: the model standardises them. M is fixed in a bucket."""
 
-    features: Tensor  # (B, F, 80) float32 log-mel, zero after each row's end
+    features: Tensor | Waveforms  # (B, F, 80) float32 log-mel, zero after each row's end
     feature_lens: Tensor  # (B,) int64
     masked: Tensor  # (B, T) bool, never on padding
     masked_index: Tensor  # (M,) int64 into the B*T frames, ascending; filler 0 at the end
@@ -476,19 +500,39 @@ def _text_batch(
     return TextBatch(tokens, _lens(clean), *map(torch.from_numpy, (index, weight, targets)))
 
 
+def n_samples(frames: int) -> int:
+    """The least samples that have so many log-mel frames; frames from 1 on."""
+    return WINDOW_SAMPLES + (frames - 1) * HOP_SAMPLES
+
+
+def padded_features(rows: list[Tensor], bucket_len: int) -> tuple[Tensor | Waveforms, Tensor]:
+    """Pad rows of log-mel (F, 80), or of samples (N,) whose log-mel the device will make.
+
+    Returns: (B, bucket_len, 80) float32, or Waveforms that become it; frames of each row (B,).
+    """
+    lens = _lens(rows)
+    if rows[0].dim() == 2:
+        features = torch.zeros(len(rows), bucket_len, N_MELS)
+    else:
+        features = torch.zeros(len(rows), n_samples(bucket_len))
+    for i, row in enumerate(rows):
+        features[i, : len(row)] = row
+    if features.dim() == 3:
+        return features, lens
+    return Waveforms(features, lens), n_frames(lens)
+
+
 def _speech_batch(
-    features: list[Tensor], rngs: list[np.random.Generator], share: float, bucket_len: int
+    rows: list[Tensor], rngs: list[np.random.Generator], share: float, bucket_len: int
 ) -> SpeechBatch:
-    """Pad rows of features (F, 80) to bucket_len, and mask the encoder frames they become."""
+    """Pad rows of features (F, 80) or samples (N,), and mask the encoder frames they become."""
     n_enc = subsampled_lens(bucket_len)
-    padded = torch.zeros(len(features), bucket_len, N_MELS)  # (B, F, 80)
-    masked = np.zeros((len(features), n_enc), bool)  # (B, T)
-    for i, (row, rng) in enumerate(zip(features, rngs)):
-        padded[i, : len(row)] = row
-        n_valid = subsampled_lens(len(row))
+    features, lens = padded_features(rows, bucket_len)
+    masked = np.zeros((len(rows), n_enc), bool)  # (B, T)
+    for i, (n_valid, rng) in enumerate(zip(subsampled_lens(lens).tolist(), rngs)):
         masked[i, :n_valid] = span_mask(rng, n_valid, share, SPEECH_SPAN)
-    flat = _flat_masked(masked, len(features) * mask_budget(n_enc, share))
-    return SpeechBatch(padded, _lens(features), *map(torch.from_numpy, (masked, *flat)))
+    flat = _flat_masked(masked, len(rows) * mask_budget(n_enc, share))
+    return SpeechBatch(features, lens, *map(torch.from_numpy, (masked, *flat)))
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -500,8 +544,11 @@ def row_frames(manifest: Manifest) -> np.ndarray:
     return n_frames(samples)
 
 
-def read_features(manifest: Manifest, i: int, start: float, seconds: float, at_most: int) -> Tensor:
-    """(F, 80) log-mel of a part of row i. Raises AudioError naming row and file."""
+def read_wave(manifest: Manifest, i: int, start: float, seconds: float, at_most: int) -> Tensor:
+    """(N,) samples of a part of row i, for at most so many frames.
+
+    Raises: AudioError naming row and file.
+    """
     row = manifest.row(i)
     try:
         wave = read_audio(row["audio_filepath"], row.get("offset", 0.0) + start, seconds)
@@ -512,7 +559,12 @@ def read_features(manifest: Manifest, i: int, start: float, seconds: float, at_m
         found = f"{found_s:.3f} s of audio where the manifest says {seconds:g}"
         message = f"{one_line(row['audio_filepath'])}: {found}"
         raise AudioError(message, "ends before its row does", manifest.where(i))
-    return log_mel(torch.from_numpy(wave))[:at_most]
+    return torch.from_numpy(wave[: n_samples(int(at_most))])
+
+
+def read_features(manifest: Manifest, i: int, start: float, seconds: float, at_most: int) -> Tensor:
+    """(F, 80) log-mel of a part of row i, F at most at_most. Raises as read_wave."""
+    return log_mel(read_wave(manifest, i, start, seconds, at_most))
 
 
 class StandIns:
@@ -552,22 +604,22 @@ def read_rows(
     stand_ins: StandIns | None,
     fits: Callable[[int], bool] = lambda row: True,
 ) -> tuple[np.ndarray, list[Tensor]]:
-    """The features of rows, and which rows they are of in the end.
+    """The features of rows, or their samples, and which rows they are of in the end.
 
-    Args:    read       (row, epoch) -> (F, 80).
+    Args:    read       (row, epoch) -> (F, 80) or (N,).
              stand_ins  None: a row that cannot be read is an error, as it should be in evaluation.
              fits       whether a stand-in fits the batch by what else it holds.
-    Returns: rows (B,) int64, some replaced; their features.
+    Returns: rows (B,) int64, some replaced; what was read of each.
     Raises:  AudioError; with stand-ins only after MOST_STAND_INS in a row could not be read.
     """
     if stand_ins is None:
         return rows, [read(row, epoch) for row, epoch in zip(rows, epochs)]
-    chosen, features = rows.copy(), []
+    chosen, found = rows.copy(), []
     for b, (row, epoch) in enumerate(zip(rows.tolist(), epochs)):
         candidates = chain([row], filter(fits, stand_ins.others(row, epoch)))
         for tried in islice(candidates, 1 + MOST_STAND_INS):
             try:
-                features.append(read(tried, epoch))
+                found.append(read(tried, epoch))
             except AudioError as error:
                 last = error
                 about = (error.where, error.reason, str(error))
@@ -577,7 +629,7 @@ def read_rows(
                 break
         else:
             raise AudioError(f"{last}; nor could the others that fit its place be read")
-    return chosen, features
+    return chosen, found
 
 
 def usable(
@@ -608,15 +660,19 @@ class SpeechRows:
     as in a thousand. Each row reads max_audio_s from a stretch of its own, in each epoch from
     another place there.
 
+    Args:       on_device  batches hold Waveforms: log-mel is made where they are moved to.
     Attributes: lengths (n,) int64 log-mel frames; left_out, reason to number of utterances.
     """
 
-    def __init__(self, manifest: Manifest, max_audio_s: float, seed: int) -> None:
+    def __init__(
+        self, manifest: Manifest, max_audio_s: float, seed: int, *, on_device: bool = False
+    ) -> None:
         most = n_frames(round(max_audio_s * SAMPLE_RATE))
         if too_short(max_audio_s):
             raise ValueError(f"--max-audio-s {max_audio_s:g}: need two encoder frames (0.1 s)")
         keep, self.left_out = usable(manifest)
         self.manifest, self.max_audio_s, self.seed = manifest.filtered(keep), max_audio_s, seed
+        self.on_device = on_device
         parts = np.maximum(1, np.rint(self.manifest.durations / max_audio_s)).astype(np.int32)
         self._utterance = np.repeat(np.arange(len(parts), dtype=np.int32), parts)  # (n,)
         first = np.repeat(np.cumsum(parts) - parts, parts)  # row of its utterance
@@ -628,14 +684,18 @@ class SpeechRows:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
-    def features(self, row: int, epoch: int) -> Tensor:
-        """(F, 80) log-mel of a row as it is in that epoch, F at most lengths[row]."""
+    def wave(self, row: int, epoch: int) -> Tensor:
+        """(N,) samples of a row as it is in that epoch, of at most lengths[row] frames."""
         i = int(self._utterance[row])
         seconds = min(self.manifest.durations[i], self.max_audio_s)
         stretch = (self.manifest.durations[i] - seconds) / self._parts[i]  # a row may begin in it
         shift = row_rng(self.seed, epoch, row, SPEECH_CROP).random() if stretch else 0.0
         start = (self._part[row] + shift) * stretch
-        return read_features(self.manifest, i, start, seconds, self.lengths[row])
+        return read_wave(self.manifest, i, start, seconds, self.lengths[row])
+
+    def features(self, row: int, epoch: int) -> Tensor:
+        """(F, 80) log-mel of wave(row, epoch)."""
+        return log_mel(self.wave(row, epoch))
 
     def collate(
         self,
@@ -644,9 +704,10 @@ class SpeechRows:
         bucket_len: int,
         stand_ins: StandIns | None = None,
     ) -> SpeechBatch:
-        rows, features = read_rows(self.features, rows, epochs, stand_ins)
+        read = self.wave if self.on_device else self.features
+        rows, found = read_rows(read, rows, epochs, stand_ins)
         rngs = [row_rng(self.seed, epoch, row, SPEECH_MASKING) for row, epoch in zip(rows, epochs)]
-        return _speech_batch(features, rngs, SPEECH_MASK, bucket_len)
+        return _speech_batch(found, rngs, SPEECH_MASK, bucket_len)
 
 
 def _pack_lines(
@@ -739,6 +800,7 @@ def _transcript_key(text: str) -> str:
 class PairRows:
     """Speech with transcripts. Too long rows are left out: a part would not match its text.
 
+    Args:       on_device  as of SpeechRows.
     Attributes: lengths    (n,) int64 log-mel frames.
                 text_lens  (n,) int64 tokens of the transcript.
                 text_room  (n,) int64 tokens of [CLS] and the longest text a row may meet, its own
@@ -757,8 +819,9 @@ class PairRows:
         *,
         speech_mask: float = TLM_SPEECH_MASK,
         text_mask: float = TLM_TEXT_MASK,
+        on_device: bool = False,
     ) -> None:
-        self.vocab_size, self.seed = tokenizer.vocab_size, seed
+        self.vocab_size, self.seed, self.on_device = tokenizer.vocab_size, seed, on_device
         self.speech_mask, self.text_mask = speech_mask, text_mask
         numbers: dict[str, int] = {}
         tokens, stops, transcript = array("i"), array("q"), array("q")
@@ -820,9 +883,13 @@ class PairRows:
             if len(other):
                 return int(other[0])
 
+    def wave(self, i: int, epoch: int = 0) -> Tensor:
+        """(N,) samples of at most lengths[i] frames, the same in every epoch."""
+        return read_wave(self.manifest, i, 0.0, self.manifest.durations[i], self.lengths[i])
+
     def features(self, i: int, epoch: int = 0) -> Tensor:
-        """(F, 80) log-mel, F at most lengths[i], the same in every epoch."""
-        return read_features(self.manifest, i, 0.0, self.manifest.durations[i], self.lengths[i])
+        """(F, 80) log-mel of wave(i)."""
+        return log_mel(self.wave(i, epoch))
 
     def tokens(self, i: int) -> np.ndarray:
         """(U,) int64: [CLS] and the transcript."""
@@ -845,7 +912,8 @@ class PairRows:
         """
         width = int(self.text_room[rows].max()) if text_len is None else text_len
         fits = self.text_room <= width
-        rows, features = read_rows(self.features, rows, epochs, stand_ins, fits.__getitem__)
+        read = self.wave if self.on_device else self.features
+        rows, found = read_rows(read, rows, epochs, stand_ins, fits.__getitem__)
 
         def rngs(purpose: int) -> list[np.random.Generator]:
             return [row_rng(self.seed, epoch, row, purpose) for row, epoch in zip(rows, epochs)]
@@ -858,7 +926,7 @@ class PairRows:
         negative = [self.tokens(row) for row in foreign]
         corrupted = text_batch(negative, STM_TEXT_MASKING)
         return PairBatch(
-            speech=_speech_batch(features, rngs(PAIR_SPEECH_MASKING), self.speech_mask, bucket_len),
+            speech=_speech_batch(found, rngs(PAIR_SPEECH_MASKING), self.speech_mask, bucket_len),
             text=text_batch(clean, PAIR_TEXT_MASKING),
             negative_tokens=corrupted.tokens,
             negative_lens=corrupted.lens,

@@ -552,7 +552,8 @@ class TaskBatch(TensorBatch):
     """Speech or text, and the answers to it. What a task does not have is None."""
 
     lens: Tensor  # (B,) int64, log-mel frames of speech or tokens of text
-    features: Tensor | None = None  # (B, F, 80) float32 raw log-mel, zero after each row's end
+    # (B, F, 80) float32 raw log-mel, zero after each row's end; data.Waveforms until it is moved
+    features: Tensor | TensorBatch | None = None
     hidden_frames: Tensor | None = None  # (B, F) bool, SpecAugment's: frames that are not seen
     hidden_bins: Tensor | None = None  # (B, 80) bool: mel bins that are not seen
     tokens: Tensor | None = None  # (B, U) int64 beginning with [CLS], PAD after each row's end

@@ -115,6 +115,7 @@ class SpeechTaskRows:
         *,
         seed: int,
         augment: float | None,
+        on_device: bool = False,
     ) -> None:
         """Choose the rows.
 
@@ -122,9 +123,10 @@ class SpeechTaskRows:
                 faults   reason to (n,) bool, which rows of the manifest cannot be used.
                 augment  strength of SpecAugment, which hides other parts in each epoch; None for
                          rows that are not trained on.
+                on_device  batches hold data.Waveforms: log-mel is made where they are moved to.
         Raises: ValueError when none is usable.
         """
-        self.seed, self.augment = seed, augment
+        self.seed, self.augment, self.on_device = seed, augment, on_device
         keep, self.left_out = data.usable(manifest, faults)
         self.manifest, self.kept = manifest.filtered(keep), np.flatnonzero(keep)
         self.lengths = data.row_frames(self.manifest)
@@ -135,10 +137,14 @@ class SpeechTaskRows:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
-    def features(self, i: int, epoch: int) -> Tensor:
-        """(F, 80) log-mel, F at most lengths[i], the same in every epoch."""
+    def wave(self, i: int, epoch: int) -> Tensor:
+        """(N,) samples of at most lengths[i] frames, the same in every epoch."""
         seconds, most = self.manifest.durations[i], self.lengths[i]
-        return data.read_features(self.manifest, i, 0.0, seconds, most)
+        return data.read_wave(self.manifest, i, 0.0, seconds, most)
+
+    def features(self, i: int, epoch: int) -> Tensor:
+        """(F, 80) log-mel of wave(i)."""
+        return log_mel(self.wave(i, epoch))
 
     def collate(
         self,
@@ -151,23 +157,20 @@ class SpeechTaskRows:
         """Rows as they are in these epochs, in bucket_len frames and target_len tokens."""
         hidden: dict[str, Tensor] = {}
         fits = self.target_lens <= (math.inf if target_len is None else target_len)
-        rows, read = data.read_rows(self.features, rows, epochs, stand_ins, fits.__getitem__)
-        features, lens = torch.zeros(len(rows), bucket_len, N_MELS), []  # (B, F, 80)
+        read = self.wave if self.on_device else self.features
+        rows, found = data.read_rows(read, rows, epochs, stand_ins, fits.__getitem__)
+        features, lens = data.padded_features(found, bucket_len)
         if self.augment:
             hidden["hidden_frames"] = torch.zeros(len(rows), bucket_len, dtype=torch.bool)
             hidden["hidden_bins"] = torch.zeros(len(rows), N_MELS, dtype=torch.bool)
-        for b, (row, epoch, its) in enumerate(zip(rows, epochs, read)):
-            features[b, : len(its)] = its
-            lens.append(len(its))
-            if self.augment:
+            for b, (row, epoch, n) in enumerate(zip(rows, epochs, lens.tolist())):
                 rng = data.row_rng(self.seed, epoch, row, data.SPEC_AUGMENT)
-                hides = data.spec_augment(rng, len(its), self.augment)
-                frames, bins = map(torch.from_numpy, hides)
-                hidden["hidden_frames"][b, : len(its)], hidden["hidden_bins"][b] = frames, bins
+                frames, bins = map(torch.from_numpy, data.spec_augment(rng, n, self.augment))
+                hidden["hidden_frames"][b, :n], hidden["hidden_bins"][b] = frames, bins
         chosen = self.kept[rows].tolist()
         targets, target_lens = _padded([self._targets[i] for i in chosen], target_len)
         return TaskBatch(
-            torch.tensor(lens), features, **hidden, targets=targets, target_lens=target_lens,
+            lens, features, **hidden, targets=targets, target_lens=target_lens,
             tags=torch.tensor([self._tags[i] for i in chosen]),
             faults=stand_ins and (stand_ins.faults or None),
         )  # fmt: skip
@@ -247,13 +250,15 @@ def read_task_set(
     max_tokens: int,
     seed: int = 0,
     augment: float | None = None,
+    on_device: bool = False,
 ) -> TaskSet:
     """Read files in the form in which the task's data are distributed, comma separated.
 
     Recognition and translation: manifests of data.py. GLUE: TSV files. Text normalisation: files
     or a folder of Google's.
 
-    Args:   augment  strength of SpecAugment in a training set; None for a set to be scored.
+    Args:   augment    strength of SpecAugment in a training set; None for a set to be scored.
+            on_device  whether log-mel is left to the device.
     Raises: FileNotFoundError; ValueError naming file and row.
     """
     paths = paths_of(comma_list)
@@ -264,7 +269,8 @@ def read_task_set(
         faults = {f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s}
         if augment is not None:
             faults |= _faults_of_training(manifest, targets, head)
-        rows = SpeechTaskRows(manifest, targets, tags, faults, seed=seed, augment=augment)
+        how = {"seed": seed, "augment": augment, "on_device": on_device}
+        rows = SpeechTaskRows(manifest, targets, tags, faults, **how)
         return TaskSet(_ids_of(manifest), references, rows, tags=tags)
     if task == "textnorm":
         return _read_sentences(paths, tokenizers, None if augment is None else max_tokens)
@@ -853,6 +859,7 @@ def score_sets(
     """Decode and score every --data -> {name: scores}; sets without labels become submissions."""
     # Nothing that can be read is left out of a score, however long it is.
     limits = {"max_audio_s": math.inf, "max_tokens": tuned.max_tokens}
+    limits["on_device"] = training.resolve_log_mel("auto", ranks.device) == "device"
     head, results = tuned.model.head_config, {}
     sets = [parse_set(text, args.normaliser) for text in args.data]
     if repeated := [name for name, times in Counter(its[0] for its in sets).items() if times > 1]:

@@ -296,7 +296,7 @@ class GraphedMicroStep(MicroStep):
             with self._on_side_stream():
                 return self._forward_backward(batch, scales)
         if shape not in self.recorded:
-            its_batch = batch.map(torch.clone)
+            its_batch = batch.clone()
             its_scales = {name: scale.clone() for name, scale in scales.items()}
             replay, out = self.record(lambda: self._forward_backward(its_batch, its_scales))
             self.recorded[shape] = its_batch, its_scales, replay, out

@@ -134,7 +134,8 @@ def read_sets(
     args: argparse.Namespace, tokenizers: TaskTokenizers, head: HeadConfig
 ) -> tuple[TaskSet, TaskSet | None]:
     """The training set and the held-out one."""
-    limits = {"seed": args.seed, "max_audio_s": args.max_audio_s, "max_tokens": args.max_tokens}
+    limits = {"seed": args.seed, "max_audio_s": args.max_audio_s, "max_tokens": args.max_tokens,
+              "on_device": args.log_mel == "device"}  # fmt: skip
     train = evaluate.read_task_set(
         args.task, args.train, tokenizers, head, augment=args.augment, **limits
     )
@@ -384,6 +385,7 @@ def resolve(args: argparse.Namespace, ranks: Ranks, start: dict[str, Any] | None
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout}: expected a share from 0 to below 1")
     args.dtype = training.resolve_dtype(args.dtype, ranks.device)
+    args.log_mel = training.resolve_log_mel(args.log_mel, ranks.device)
     if args.eval_every is None:
         args.eval_every = max(1, args.max_steps // 5)
     if args.average_of == "last":

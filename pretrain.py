@@ -491,6 +491,7 @@ def load_rows(
              streams may be missing.
     """
     prefix, rows = ("dev_" if dev else ""), {}
+    how = {"on_device": args.log_mel == "device"}
     wanted = [(name, name) for name in objectives.modalities]
     wanted += [("pairs", "paired")] if objectives.align else []
     for stream, name in wanted:
@@ -504,14 +505,16 @@ def load_rows(
                 "give its files, or no data at all for the demo"
             )
         if stream == "speech":
-            rows[stream] = data.SpeechRows(data.Manifest.read(paths), args.max_audio_s, args.seed)
+            manifest = data.Manifest.read(paths)
+            rows[stream] = data.SpeechRows(manifest, args.max_audio_s, args.seed, **how)
         elif stream == "text":
             corpus = data.TextCorpus.open(paths, tokenizer)
             rows[stream] = data.TextRows.pack(corpus, args.row_tokens, args.seed)
         else:
             manifest = data.Manifest.read(paths, text_required=True)
             masks = {"speech_mask": args.tlm_speech_mask, "text_mask": args.tlm_text_mask}
-            rows[stream] = data.PairRows(manifest, tokenizer, args.max_audio_s, args.seed, **masks)
+            limits = args.max_audio_s, args.seed
+            rows[stream] = data.PairRows(manifest, tokenizer, *limits, **masks, **how)
     return rows
 
 
@@ -790,6 +793,7 @@ def resolve(args: argparse.Namespace, ranks: Ranks) -> Objectives:
     align = () if align == "none" else tuple(align.split(","))
     objectives = Objectives(modalities, align, args.speech_objective, args.stm_unmasked)
     args.dtype = training.resolve_dtype(args.dtype, ranks.device)
+    args.log_mel = training.resolve_log_mel(args.log_mel, ranks.device)
     weights = training.parse_weights(args.loss_weights, objectives.loss_names)
     args.loss_weights = {"diversity": DIVERSITY_WEIGHT} | weights
     return objectives

@@ -229,28 +229,26 @@ def loss_scales(
 class TensorBatch:
     """What every batch can do: move all its tensors. A dataclass of tensors derives from this."""
 
-    def _parts(self) -> dict[str, Any]:
+    def _map(self, change: Callable[[Any], Any]) -> Any:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v for k, v in values.items() if isinstance(v, (Tensor, TensorBatch))}
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Any:
-        """A copy with every tensor changed."""
-        changed = {
-            name: change(part) if isinstance(part, Tensor) else part.map(change)
-            for name, part in self._parts().items()
-        }
+        changed = {k: change(v) for k, v in values.items() if isinstance(v, (Tensor, TensorBatch))}
         return dataclasses.replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Any:
+        return self._map(lambda value: value.pin_memory())
+
+    def clone(self) -> Any:
+        return self._map(lambda value: value.clone())
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors, in a fixed order."""
-        for part in self._parts().values():
-            yield from [part] if isinstance(part, Tensor) else part.tensors()
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Any:
-        return self.map(Tensor.pin_memory)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, TensorBatch)):
+                yield from [value] if isinstance(value, Tensor) else value.tensors()
 
 
 class RowFault(NamedTuple):
@@ -270,12 +268,40 @@ class BadRows:
 
     Args: audio_rows  number of rows of each stream, {} where none can be unreadable.
           max_share   of a stream's rows.
+          record      a JSON file that rank 0 keeps of them: [step, *RowFault] of each. So a run
+                      that resumes knows them. It goes when there are too many: they will be mended.
     """
 
-    def __init__(self, audio_rows: dict[str, int], max_share: float) -> None:
-        self.audio_rows, self.max_share = audio_rows, max_share
+    def __init__(
+        self, audio_rows: dict[str, int], max_share: float, record: Path | None = None
+    ) -> None:
+        self.audio_rows, self.max_share, self.record = audio_rows, max_share, record
         self._new: dict[tuple[str, str], RowFault] = {}
         self.known: dict[tuple[str, str], RowFault] = {}
+        self._steps: dict[tuple[str, str], int] = {}  # when each was named
+        self._to_sum_up: set[str] = set()  # streams that had something new since agree()
+
+    def resume(self, ranks: Ranks, start_step: int) -> None:
+        """Take up what the record has from before start_step; the rest will be met again.
+
+        To be called on all ranks. A record that cannot be read costs only that rows are named anew.
+        """
+        kept: dict[tuple[str, str], list] = {}
+        if self.record and ranks.rank == 0:
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                entries = json.loads(self.record.read_text(encoding="utf-8"))
+                kept = {(its[1], its[2]): its for its in entries if its[0] <= start_step}
+        for key, (step, *fault) in ranks.union(kept).items():
+            if key[0] in self.audio_rows:
+                self.known[key], self._steps[key] = RowFault(*fault), step
+        self._write(ranks)
+
+    def _write(self, ranks: Ranks) -> None:
+        if self.record and ranks.rank == 0 and (self.known or self.record.exists()):
+            text = json.dumps(
+                [[self._steps[key], *self.known[key]] for key in self.known], indent=0
+            )
+            write_atomically(self.record, lambda file: file.write(text.encode()))
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches; what could not be read for them is noted."""
@@ -284,13 +310,13 @@ class BadRows:
                 self._new.setdefault((fault.stream, fault.where), fault)
             yield batch
 
-    def name(self, ranks: Ranks) -> list[str]:
-        """Share with all ranks what is new, and print it -> the streams that have something new.
+    def name(self, ranks: Ranks, step: int) -> None:
+        """Share with all ranks what is new after so many steps, and print it.
 
         To be called on all ranks.
         """
         if not self.audio_rows:
-            return []
+            return
         found = {key: fault for key, fault in self._new.items() if key not in self.known}
         new = [fault for key, fault in ranks.union(found).items() if key not in self.known]
         named = {fault.where for fault in self.known.values()}
@@ -299,18 +325,25 @@ class BadRows:
                 ranks.log(f"cannot be read, another row is used: {fault.message}")
             named.add(fault.where)
             self.known[fault.stream, fault.where] = fault
+            self._steps[fault.stream, fault.where] = step
         self._new = {}
-        return sorted({fault.stream for fault in new})
+        self._to_sum_up |= {fault.stream for fault in new}
+        if new:
+            self._write(ranks)
 
-    def agree(self, ranks: Ranks) -> None:
+    def agree(self, ranks: Ranks, step: int) -> None:
         """Name what is new, and stop if it is too much. To be called on all ranks.
 
         Raises: ValueError on all ranks where a stream has too many of them.
         """
-        for stream in self.name(ranks):
+        self.name(ranks, step)
+        streams, self._to_sum_up = sorted(self._to_sum_up), set()
+        for stream in streams:
             summary, share = self.summary(stream)
             ranks.log(summary)
             if share > self.max_share:
+                if self.record and ranks.rank == 0:
+                    self.record.unlink(missing_ok=True)
                 raise ValueError(
                     f"{summary}, above --max-bad-share {self.max_share:g}: mend them, take them "
                     "out (data.py check --read --out), or raise it"
@@ -867,10 +900,12 @@ def follow(
     n_codes = model.config.n_codes if hasattr(model, "quantizer") else None
     ringing: set[str] = set()
 
-    bad_rows = BadRows(getattr(dataset, "audio_rows", {}), args.max_bad_share)
+    record = args.out_dir / "bad_rows.json"
+    bad_rows = BadRows(getattr(dataset, "audio_rows", {}), args.max_bad_share, record)
+    bad_rows.resume(ranks, start_step)
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
-        bad_rows.agree(ranks)
+        bad_rows.agree(ranks, step)
         if ranks.rank == 0:
             log.write(step, metrics)
             show(step, progress_line(step, args, metrics, model.loss_names))
@@ -879,6 +914,10 @@ def follow(
                 ranks.log(f"ALARM step {step}: {alarms[name]}")
             ringing.clear()
             ringing.update(alarms)
+
+    def on_save(step: int) -> None:
+        bad_rows.name(ranks, step)  # a run that resumes from here does not meet them again
+        save(step)
 
     def on_eval(step: int) -> bool:
         with fast.uncompiled(args.fast):
@@ -898,9 +937,8 @@ def follow(
     )  # fmt: skip
     stopped_by = train(
         model, bad_rows.watch(loader), args, ranks, start_step,
-        optimizer=optimizer, on_log=on_log, on_save=save, on_eval=evaluate and on_eval,
+        optimizer=optimizer, on_log=on_log, on_save=on_save, on_eval=evaluate and on_eval,
     )  # fmt: skip
-    bad_rows.name(ranks)  # those since the last line, if a signal came between
     if not stopped_by and ranks.rank == 0:
         ranks.log(f"curves: {draw_curves(args.out_dir, model.loss_names)}")
     return stopped_by
@@ -1055,6 +1093,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return dtype if dtype != "auto" else ("bf16" if device.type == "cuda" else "fp32")
 
 
+def resolve_log_mel(where: str, device: torch.device) -> str:
+    """`auto` -> loader on a CPU, device elsewhere."""
+    return where if where != "auto" else ("loader" if device.type == "cpu" else "device")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every training entry point has."""
     add = parser.add_argument_group("optimisation").add_argument
@@ -1106,6 +1149,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "bf16"),
         default="fp32",
         help="type in which gradients travel between ranks (default: %(default)s)",
+    )
+    add(
+        "--log-mel",
+        choices=("auto", "loader", "device"),
+        default="auto",
+        help="who makes log-mel of the audio (auto: the loader on a CPU, else the device)",
     )
     add("--num-workers", type=int, default=0, help="loader processes a rank (default: %(default)s)")
     add(

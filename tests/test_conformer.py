@@ -169,6 +169,30 @@ def test_log_mel_made_in_blocks_is_that_made_at_once(monkeypatch):
         assert torch.allclose(log_mel(wave), whole, atol=1e-5), size
 
 
+def test_log_mel_is_float32_under_autocast():
+    wave = 0.1 * torch.randn(2, 1234)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = log_mel(wave)
+    assert inside.dtype == torch.float32 and torch.equal(inside, log_mel(wave))
+
+
+def test_log_mel_copies_nothing_from_the_host_after_its_first_call(monkeypatch):
+    """On a device a copy would wait, and a CUDA graph could not hold it: tables are made once."""
+    log_mel(torch.zeros(800))
+
+    def refused(*args):
+        raise AssertionError("a table was made again")
+
+    monkeypatch.setattr(conformer, "_povey_window", refused)
+    monkeypatch.setattr(conformer, "_mel_filters", refused)
+    moves = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: moves.append(args))
+    log_mel(torch.zeros(800))
+    assert moves == []
+    monkeypatch.undo()
+    assert {table.device.type for table in conformer._tables(torch.device("meta"))} == {"meta"}
+
+
 def test_mel_bands_leave_out_nothing_of_the_filters():
     filters = conformer._mel_filters(conformer.N_FFT)
     inside = torch.zeros_like(filters)

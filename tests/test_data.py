@@ -1,6 +1,7 @@
 """Properties of data.py: what is in a row, a mask, a plan, a batch, whoever asks for it."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -912,6 +913,70 @@ def test_batches_move_to_another_device_whole(stream):
     assert {value.device.type for value in tensors_of(moved).values()} == {"meta"}
 
 
+def waveforms_of(stream: data.PretrainData) -> data.PretrainData:
+    """The same stream with its log-mel left to the device."""
+    streams = {name: getattr(stream, name) for name in ("speech", "text", "pairs")}
+    streams = {name: its and (copy.copy(its[0]), its[1]) for name, its in streams.items()}
+    for name in ("speech", "pairs"):
+        streams[name][0].on_device = True
+    return data.PretrainData(**streams)
+
+
+def assert_same_but_for_rounding(a: data.Batch, b: data.Batch) -> None:
+    """Log-mel to 1e-4 and zero at the same places; all else equal."""
+    assert a.faults == b.faults
+    a, b = tensors_of(a), tensors_of(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.endswith(".features"):
+            assert a[name].shape == b[name].shape and a[name].dtype == b[name].dtype
+            assert torch.allclose(a[name], b[name], rtol=0, atol=1e-4)
+            assert torch.equal((a[name] == 0).all(-1), (b[name] == 0).all(-1))
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_log_mel_made_on_the_device_is_that_of_the_loader(stream, num_workers):
+    """Lengths, masks and padding are the same, and counts are known before the batch is moved."""
+    waveforms, steps = waveforms_of(stream), [(s, k) for s in range(6) for k in range(2)]
+    how = {"batch_size": None, "sampler": steps, "num_workers": num_workers}
+    for step, loaded in zip(steps, DataLoader(waveforms, **how), strict=True):
+        expected = stream[step]
+        assert isinstance(loaded.speech.features, data.Waveforms)
+        assert isinstance(loaded.pairs.speech.features, data.Waveforms)
+        assert loaded.counts() == expected.counts()
+        assert torch.equal(loaded.speech.feature_lens, expected.speech.feature_lens)
+        with torch.autocast("cpu", torch.bfloat16):  # as the training loop moves its batches
+            moved = loaded.to("cpu", non_blocking=True)
+        assert_same_but_for_rounding(moved, expected)
+        assert not moved.speech.features.requires_grad
+
+
+def test_waveforms_can_be_pinned_with_the_rest(stream, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    batch = waveforms_of(stream)[0, 0]
+    copied = batch.pin_memory()
+    assert isinstance(copied.speech.features, data.Waveforms)
+    assert len(pinned) == len(tensors_of(batch)) > 2
+    assert_same(copied, batch)
+
+
+def test_a_row_that_is_longer_than_its_duration_is_cut_in_frames_on_the_device_too(tmp_path):
+    write_wave(tmp_path / "a.wav", 1.0)
+    cut = {"audio_filepath": "a.wav", "duration": 0.12996}  # to the sample it has a frame more
+    path = write_manifest(tmp_path / "m.jsonl", [cut, cut | {"duration": 0.5}])
+    rows = data.SpeechRows(data.Manifest.read([path]), 5.0, 0)
+    numbers, longest = np.arange(2), int(rows.lengths.max())
+    expected = rows.collate(numbers, 0 * numbers, longest)
+    rows.on_device = True
+    found = rows.collate(numbers, 0 * numbers, longest)
+    assert found.feature_lens.tolist() == rows.lengths.tolist()
+    assert_same_but_for_rounding(data.Batch(speech=found.to("cpu")), data.Batch(speech=expected))
+    assert [len(rows.wave(i, 0)) for i in range(2)] == [data.n_samples(n) for n in rows.lengths]
+
+
 def test_streams_may_be_missing(stream):
     for name in ("speech", "text", "pairs"):
         batch = data.PretrainData(**{name: getattr(stream, name)})[2, 0]
@@ -1153,6 +1218,16 @@ def test_unreadable_rows_are_replaced_by_others_of_their_bucket_and_named(damage
     assert stream.audio_rows == {"speech": 42, "pairs": 42}
 
 
+def test_stand_ins_are_the_same_where_the_device_makes_log_mel(damaged, tokenizer):
+    stream = speech_and_pairs(damaged[0], tokenizer)
+    waveforms, faults = waveforms_of(stream), 0
+    for step in range(12):
+        found, expected = waveforms[step, 0], stream[step, 0]
+        assert_same_but_for_rounding(found.to("cpu"), expected)
+        faults += len(found.faults or ())
+    assert faults > 5
+
+
 def test_a_stand_in_comes_with_its_own_text(damaged, tokenizer):
     manifest, reasons = damaged
     rows, plan = speech_and_pairs(manifest, tokenizer).pairs
@@ -1244,6 +1319,9 @@ class Listener(torch.nn.Module):
     def counts(self, batch):
         return {"level": float(batch.speech.feature_lens.sum())}
 
+    def work(self, batch):
+        return {}
+
     def step_done(self):
         pass
 
@@ -1254,21 +1332,22 @@ class Listener(torch.nn.Module):
 
 @pytest.fixture
 def listen(damaged, tokenizer, tmp_path):
-    """Train for 30 steps on the damaged set."""
+    """Train for 30 steps on the damaged set, or from one step to another."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def run(**changes) -> list[dict]:
+    def run(start_step=0, save=lambda step: None, **changes) -> list[dict]:
         known = dict(
             max_steps=30, micro_batches=2, lr=1e-3, warmup_steps=2, grad_clip=5.0, seed=0,
             dtype="fp32", log_every=10, save_every=100, eval_every=0, max_bad_steps=20,
             loss_weights={}, max_bad_share=0.5, num_workers=0, out_dir=tmp_path / "run",
+            fast="none", reduce_dtype="fp32",
         )  # fmt: skip
         args, model = argparse.Namespace(**known | changes), Listener()
         optimizer = training.make_optimizer(model, 0.01)
         training.follow(
             model, speech_and_pairs(damaged[0], tokenizer), args,
-            training.Ranks(0, 0, 1, torch.device("cpu")), 0, optimizer=optimizer, about={},
-            save=lambda step: None, evaluate=None,
+            training.Ranks(0, 0, 1, torch.device("cpu")), start_step, optimizer=optimizer,
+            about={}, save=save, evaluate=None,
         )  # fmt: skip
         return training.read_metrics(tmp_path / "run" / "metrics.jsonl")
 
@@ -1291,6 +1370,68 @@ def test_training_goes_on_and_names_each_unreadable_file_once(damaged, listen, c
         assert sum(f"{manifest.where(i)}: {name}" in line for line in named) == 1
     summary = [line for line in lines if line.startswith("speech: 12 of 42 rows cannot be read")]
     assert len(summary) == 1 and "(29%): 5 cannot decode audio, 2 " in summary[0]
+
+
+def named_in(printed: str) -> list[str]:
+    """What was said of each row that cannot be read."""
+    start = "cannot be read, another row is used: "
+    return [line.removeprefix(start) for line in printed.splitlines() if line.startswith(start)]
+
+
+def test_a_run_that_resumes_names_no_row_again_and_counts_all(listen, capsys, tmp_path):
+    """Also those met since the last log line; those from after the resumed step are forgotten."""
+    record = tmp_path / "run" / "bad_rows.json"
+    at_save = {}
+
+    def save(step):
+        at_save[step] = json.loads(record.read_text())
+
+    listen(save_every=1, save=save)
+    printed = capsys.readouterr().out
+    whole, before = named_in(printed), {message for *_, message in at_save[1]}
+    assert 0 < len(before) < len(whole) == 12
+    assert all(step == 1 for step, *_ in at_save[1])
+    assert at_save[30] == json.loads(record.read_text())
+    last = [line for line in printed.splitlines() if "rows cannot be read" in line][-1]
+    listen(start_step=1)
+    printed = capsys.readouterr().out
+    assert not before & {*named_in(printed)}
+    assert sorted([*before, *named_in(printed)]) == sorted(whole)
+    assert [line for line in printed.splitlines() if "rows cannot be read" in line][-1] == last
+    listen(start_step=30, max_steps=34)  # all are known by now
+    assert named_in(capsys.readouterr().out) == []
+    record.write_text("[[1, 2")
+    listen(start_step=1)
+    assert len(named_in(capsys.readouterr().out)) == 12
+
+
+def test_a_run_without_a_record_resumes_and_after_too_many_bad_rows_it_is_gone(
+    listen, capsys, tmp_path
+):
+    """A checkpoint from before there were records; and rows that were mended are not counted."""
+    listen(start_step=20)
+    assert (tmp_path / "run" / "bad_rows.json").exists() and named_in(capsys.readouterr().out)
+    with pytest.raises(ValueError, match="--max-bad-share"):
+        listen(max_bad_share=0.01)
+    assert not (tmp_path / "run" / "bad_rows.json").exists()
+
+
+def test_the_record_of_rank_0_is_known_to_all_ranks(tmp_path):
+    fault, shared = training.RowFault("speech", "m.jsonl:1", "no audio", "m.jsonl:1: no audio"), {}
+    record = tmp_path / "bad_rows.json"
+    record.write_text(json.dumps([[3, *fault], [9, *fault._replace(where="m.jsonl:2")]]))
+
+    class Pair(training.Ranks):
+        def union(self, own):
+            shared.update(own)
+            return dict(shared)
+
+    for rank, its in enumerate((record, tmp_path / "of another machine")):
+        bad_rows = training.BadRows({"speech": 100}, 0.5, its)
+        bad_rows.resume(Pair(rank, rank, 2, torch.device("cpu")), 3)
+        assert bad_rows.known == {("speech", "m.jsonl:1"): fault}
+    assert json.loads(record.read_text()) == [[3, *fault]]
+    assert not (tmp_path / "of another machine").exists()
 
 
 def test_more_unreadable_rows_than_allowed_end_the_run_with_what_to_do(listen, capsys):
@@ -1317,9 +1458,10 @@ def test_ranks_agree_on_the_rows_that_cannot_be_read(capsys):
         batch = data.Batch(faults=faults[rank : rank + 2])
         assert list(bad_rows.watch([batch])) == [batch]
         quiet = training.BadRows({"speech": 100}, 0.0)
-        assert quiet.name(Pair(1, 1, 2, torch.device("cpu"))) == ["speech"]  # names, never stops
+        quiet.name(Pair(1, 1, 2, torch.device("cpu")), 1)  # names, never stops
+        assert len(quiet.known) == 3
         with pytest.raises(ValueError, match=r"speech: 3 of 100 rows cannot be read \(3%\)"):
-            bad_rows.agree(Pair(rank, rank, 2, torch.device("cpu")))
+            bad_rows.agree(Pair(rank, rank, 2, torch.device("cpu")), 1)
     assert both[0].known == both[1].known and len(both[0].known) == 3
     assert capsys.readouterr().out.count("another row is used") == 3  # rank 0 alone prints
 

@@ -711,6 +711,34 @@ def test_unreadable_utterances_are_replaced_with_their_targets(paths, tmp_path, 
     assert named == wheres and len(named) == 3
 
 
+def test_log_mel_on_the_device_gives_the_same_batches_and_losses(paths, tmp_path):
+    """With SpecAugment and a row that cannot be read."""
+    manifest, bad = damaged_speech(tmp_path / "asr")
+    files, batches = paths | {"asr": manifest}, {}
+    for where in ("loader", "device"):
+        more = f"--head ctc --augment 1 --max-bad-share 1 --log-mel {where}"
+        arguments = options(files, "asr", tmp_path / where, more)
+        run = finetune.prepare(finetune.parse_arguments(arguments), ALONE)
+        its = finetune.TaskData(run.train.rows, run.plan)
+        batches[where] = [its[step, 0] for step in range(12)]
+        tune(files, "asr", tmp_path / where, more)
+    for loaded, left in zip(batches["loader"], batches["device"], strict=True):
+        assert not isinstance(left.features, torch.Tensor) and left.faults == loaded.faults
+        assert run.model.counts(left) == run.model.counts(loaded)
+        moved = left.to("cpu")
+        assert torch.allclose(moved.features, loaded.features, rtol=0, atol=1e-4)
+        for name in ("lens", "hidden_frames", "hidden_bins", "targets", "target_lens", "tags"):
+            assert torch.equal(getattr(moved, name), getattr(loaded, name)), name
+        assert loaded.hidden_frames.any() and loaded.hidden_bins.any()
+    assert any(loaded.faults for loaded in batches["loader"])
+    one, other = (metrics_of(tmp_path / where) for where in ("loader", "device"))
+    for row, its in zip(one, other, strict=True):
+        assert row["loss/ctc"] == pytest.approx(its["loss/ctc"], rel=1e-4)
+        assert row["count/ctc"] == its["count/ctc"]
+    one, other = (dev_metrics_of(tmp_path / where) for where in ("loader", "device"))
+    assert [row["dev/wer"] for row in one] == [row["dev/wer"] for row in other]
+
+
 def test_unreadable_utterances_end_a_run_only_above_their_share_and_in_what_is_scored(
     paths, tmp_path, capsys
 ):

@@ -539,6 +539,25 @@ def test_loader_processes_change_nothing(alone, corpus, micro, tmp_path):
     assert_close_logs(metrics_of(alone[0])[:3], metrics_of(tmp_path), 0, r"loss|grad_norm|count")
 
 
+def test_log_mel_on_the_device_trains_and_scores_as_from_the_loader(
+    alone, corpus, micro, tmp_path, monkeypatch
+):
+    """On a CPU as elsewhere; `auto` is the loader there, so that old runs go on as they were."""
+    moved, made = [], data.Waveforms.to
+    monkeypatch.setattr(
+        data.Waveforms, "to", lambda self, *args, **how: moved.append(1) or made(self, *args, **how)
+    )
+    run_here([*options(corpus, tmp_path, *WHOLE), "--max-steps", 3, "--log-mel", "device"])
+    assert len(moved) > 2 * 2 * 3  # two micro-batches of two streams in three steps, held-out ones
+    keys = r"loss|grad_norm|count"
+    assert_close_logs(metrics_of(alone[0])[:3], metrics_of(tmp_path), 1e-3, keys)
+    run_here([*options(corpus, tmp_path / "b", *WHOLE), "--max-steps", 3, "--log-mel", "loader"])
+    assert_close_logs(
+        dev_metrics_of(tmp_path / "b"), dev_metrics_of(tmp_path), 1e-2, r"dev/(loss|count)"
+    )
+    assert_close_logs(metrics_of(alone[0])[:3], metrics_of(tmp_path / "b"), 0, keys)
+
+
 # ------------------------------------------------------------------------------------------- stages
 
 
