@@ -741,6 +741,7 @@ def check_manifest(
     *,
     workers: int = 8,
     out: Path | None = None,
+    texts: list[str] | None = None,
 ) -> Report:
     """Count good and bad rows of a manifest, where Manifest.read stops at the first bad one.
 
@@ -748,6 +749,7 @@ def check_manifest(
 
     Args:   read     decode all audio, so many files at a time as there are workers.
             out      a manifest to write the good rows to, with absolute paths.
+            texts    the good rows' transcripts that are not blank are added to it.
     Raises: FileNotFoundError; ValueError where no row is good.
     """
     report, rows = Report(), parse_rows(io.BytesIO(read_bytes(path, "manifest")))
@@ -771,6 +773,8 @@ def check_manifest(
                         report.reject(fault[0], f"{path}:{number}: {fault[1]}")
                         continue
                     report.accept(row)
+                    if texts is not None and row.get("text", "").strip():
+                        texts.append(row["text"])
                     if sink:
                         row["audio_filepath"] = os.path.abspath(path.parent / row["audio_filepath"])
                         sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

@@ -24,7 +24,6 @@ Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import re
 import sys
@@ -69,13 +68,10 @@ from corpora import (
     Tokenizer,
     check_manifest,
     one_line,
-    parse_rows,
     paths_of,
     read_audio,
-    read_bytes,
     read_glue,
     read_text,
-    row_fault,
     textnorm_files,
     textnorm_sentences,
     too_short,
@@ -1099,14 +1095,11 @@ def _run_shards(args: argparse.Namespace) -> None:
 
 def _run_check(args: argparse.Namespace) -> None:
     check_numbers(args, from_1=("workers",))
-    its = {"workers": args.workers, "out": args.out}
+    tokenizer, texts = args.tokenizer and Tokenizer.load(args.tokenizer), []
+    its = {"workers": args.workers, "out": args.out, "texts": texts if tokenizer else None}
     report = check_manifest(Path(args.manifest), args.max_audio_s, args.read, **its)
     print(f"{args.manifest}: {report}")
-    if args.tokenizer:
-        tokenizer = Tokenizer.load(args.tokenizer)
-        lines = io.BytesIO(read_bytes(Path(args.manifest), "manifest"))
-        rows = [row for *_, row in parse_rows(lines)]
-        texts = [row["text"] for row in rows if not row_fault(row, True) and row["text"].strip()]
+    if tokenizer:
         ids = tokenizer.encode(texts)
         lens, unknown = [len(row) for row in ids], sum(row.count(UNK_ID) for row in ids)
         sizes = f"{sum(lens)} tokens, longest {max(lens, default=0)}, unknown {unknown}"
@@ -1256,7 +1249,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("check", help="count rows, hours, speakers and what is wrong")
     add = command.add_argument
     add("manifest")
-    add("--tokenizer", help="also count tokens with this model")
+    add("--tokenizer", help="also count the good rows' tokens with this model")
     add("--max-audio-s", type=float, default=math.inf, help="reject longer rows (default none)")
     add("--read", action="store_true", help="decode every file")
     add("--workers", type=int, default=WORKERS, help="files at a time (default %(default)s)")
