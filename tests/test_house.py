@@ -18,13 +18,14 @@ MAY_IMPORT = {
     **{name: set() for name in GROUND},
     "corpora": {"conformer", "training"},
     "importers": {"corpora", "training"},
-    "data": {"conformer", "training", "corpora", "importers"},
+    "shards": {"corpora", "importers", "training"},
+    "data": {"conformer", "training", "corpora", "importers", "shards"},
     "rnnt": {"conformer", "losses"},
     "decoders": {"conformer", "losses", "rnnt", "training"},
-    "pretrain": GROUND | {"corpora", "importers", "data"},
-    "evaluate": GROUND | {"corpora", "importers", "data", "decoders", "rnnt", "pretrain"},
+    "pretrain": GROUND | {"corpora", "importers", "shards", "data"},
+    "evaluate": GROUND | {"corpora", "importers", "shards", "data", "decoders", "rnnt", "pretrain"},
     "finetune": GROUND
-    | {"corpora", "importers", "data", "decoders", "rnnt", "pretrain", "evaluate"},
+    | {"corpora", "importers", "shards", "data", "decoders", "rnnt", "pretrain", "evaluate"},
 }
 
 
