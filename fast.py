@@ -6,8 +6,8 @@ and then records the whole of forward and backward as one CUDA graph a shape, wh
 without Python. Batches have at most 8 joint shapes (data.py), so that both end after a few steps.
 Tests hold each to `none`.
 
-Public: matmul_flops, choose_matmul, compile_blocks, checkpoint_blocks, check_fast, autocast, MicroStep,
-        GraphedMicroStep, make_micro_step, compilations, uncompiled, peak_memory_mib.
+Public: matmul_flops, choose_matmul, check_fast, compile_blocks, checkpoint_blocks, uncompiled,
+        compilations, autocast, MicroStep, GraphedMicroStep, make_micro_step, peak_memory_mib.
 """
 
 from __future__ import annotations
