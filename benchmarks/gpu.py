@@ -58,7 +58,7 @@ ROWS = {"tiny": 2, "small": 16, "base": 32, "xl": 8}  # of speech and of text, t
 WARM_UP = 5  # steps of a shape: two as usual, one recorded, and replays
 SAME_LOSS, SAME_GRADIENT = 1e-3, 1e-2  # in bf16: what fast may differ from eager in
 LEAST_S = {"peak": 10, "steps": 25, "equal": 40, "train": 25}  # others 30: less is not begun with
-MOST_S = 150 if torch.cuda.is_available() else 60  # of a part
+MOST_S, MOST_S_ON_CPU = 150, 60  # of a part
 FORMULA = (
     "MFU: model FLOPs / time / peak. Model FLOPs: SlamPretraining.work, of real positions; 3 times "
     "the forward pass, in which a block has 8 D d_ff + 14 D^2 + 2 D K + 4 L D a position."
@@ -423,6 +423,7 @@ def in_a_process(part: str, argv: list[str], limit_s: float) -> list[Row]:
 def run_parts(args: argparse.Namespace, argv: list[str]) -> dict[str, list[Row]]:
     """All rows by part, as far as --budget-s reaches; written and printed as they come."""
     deadline, found = time.perf_counter() + args.budget_s, {}
+    most = MOST_S if torch.cuda.is_available() else MOST_S_ON_CPU
     for part in parts_of(args):
         began, least = time.perf_counter(), LEAST_S.get(part.split("/")[0], 30)
         left = deadline - began
@@ -434,7 +435,7 @@ def run_parts(args: argparse.Namespace, argv: list[str]) -> dict[str, list[Row]]
         elif args.here:
             found[part] = list(rows_of(part, args))
         else:
-            found[part] = in_a_process(part, argv, min(MOST_S, left))
+            found[part] = in_a_process(part, argv, min(most, left))
         took, failed = time.perf_counter() - began, [r for r in found[part] if "failed" in r]
         print(f"{part}: {len(found[part]) - len(failed)} measured, {took:.0f} s", flush=True)
         for row in failed:

@@ -4,9 +4,9 @@
 
 One stream at a time: speech (contrastive, diversity, masked codes) and text (span-masked LM), with
 AdamW, at the width of `small`. Batch, length and depth are doubled while the other two stay. Times:
-all cases in one process, taking turns, medians. Memory: each case in a process of its own; what
-weights, gradients and moments take is there before, so it is what batch, length and depth add. On a
-CUDA device it is the allocator's peak.
+all cases in one process, taking turns, medians. Memory: each case in a process of its own, its peak
+beyond that of a step with one row of 8 positions, which holds weights, gradients and moments; so it
+is activations. On a CUDA device it is the allocator's.
 Exponents are slopes in log-log: 1 is linear. A time is compared with the model's own FLOP count,
 which for the length holds a linear part and attention's square.
 Letters: B rows, T encoder frames (40 ms), U text tokens, D model width.
@@ -64,52 +64,62 @@ def sweeps(doublings: int) -> dict[tuple[str, str, bool], list[Case]]:
             for checkpointing in (False, True) if axis == "depth" else (False,):
                 plain = Case(stream, checkpointing=checkpointing)
                 start = max(2 if axis == "depth" else 1, getattr(plain, axis) // 4)
-                sizes = [start * 2**i for i in range(doublings + 1)]
+                n_doublings = min(doublings, 3) if axis == "depth" else doublings
+                sizes = [start * 2**i for i in range(n_doublings + 1)]
                 made[stream, axis, checkpointing] = [replace(plain, **{axis: n}) for n in sizes]
     return made
 
 
-def make(case: Case, seed: int = 0) -> tuple[steps.Steps, data.Batch]:
-    """The optimiser steps of a case, and its batch."""
+def stepper_of(case: Case) -> steps.Steps:
+    """The optimiser steps of a new model."""
     speech_layers = case.depth // 2 if case.stream == "speech" else 0
     layers = {"speech_layers": speech_layers, "mm_layers": case.depth - speech_layers}
     config, ranks = conformer.sized("small", dropout=0.0, **layers), steps.alone()
-    model = steps.build(config, OBJECTIVES[case.stream], ranks.device, seed)
+    model = steps.build(config, OBJECTIVES[case.stream], ranks.device)
+    return steps.Steps(model, ranks)
+
+
+def batch_of(case: Case) -> data.Batch:
+    """The case's batch, on the device."""
     if case.stream == "speech":
         frames = conformer.SUBSAMPLING * case.length
         batch = data.Batch(speech=steps.speech_batch(case.batch, frames))
     else:
-        text = steps.text_batch(case.batch, case.length, config.vocab_size)
-        batch = data.Batch(text=text)
-    stepper = steps.Steps(model, ranks, checkpointing=case.checkpointing)
-    return stepper, batch.to(ranks.device)
+        vocab_size = conformer.sized("small").vocab_size
+        batch = data.Batch(text=steps.text_batch(case.batch, case.length, vocab_size))
+    return batch.to(steps.alone().device)
 
 
-def runner(case: Case) -> tuple[Callable[[], object], float]:
-    """A whole step to call, and its model FLOPs."""
-    stepper, batch = make(case)
+def runner(case: Case, stepper: steps.Steps) -> tuple[Callable[[], object], float]:
+    """A whole step to call, and its model FLOPs; the model may be shared with other cases."""
+    batch = batch_of(case)
     scales, flops = stepper.scales([batch]), stepper.model.work(batch)["flops"]
-    return lambda: stepper.step([batch], scales), flops
+    stacks = [m for m in stepper.model.modules() if isinstance(m, conformer.ConformerStack)]
+
+    def step() -> None:
+        for stack in stacks:
+            stack.checkpointing = case.checkpointing
+        stepper.step([batch], scales)
+
+    return step, flops
 
 
 # ------------------------------------------------------------------------------------------- memory
 
 
 def memory_of(case: Case) -> dict[str, float]:
-    """MiB that one step of the case adds to what weights and moments take, and those.
+    """MiB by which a step of the case passes the peak of a step of the smallest batch, and that.
 
-    This process must do nothing else. A step of the smallest batch comes first: after it gradients
-    and moments are there, and so is what libraries take once.
+    This process must do nothing else. The smallest step has held weights, gradients and moments,
+    and whatever libraries take once.
     """
-    stepper, batch = make(case)
-    _, small = make(replace(case, batch=1, length=8, depth=2))
-    stepper.step([small], stepper.scales([small]))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() / 2**20 if cuda else timing.peak_mib()
-    stepper.step([batch], stepper.scales([batch]))
-    after = torch.cuda.max_memory_allocated() / 2**20 if cuda else timing.peak_mib()
+    stepper = stepper_of(case)
+    small, _ = runner(replace(case, batch=1, length=8), stepper)
+    step, _ = runner(case, stepper)
+    small()
+    before = fast.peak_memory_mib(stepper.ranks.device)
+    step()
+    after = fast.peak_memory_mib(stepper.ranks.device)
     return {"before": before, "added": after - before}
 
 
@@ -123,9 +133,11 @@ def of_cases(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     for name in cases:  # before this process grows: a child's peak begins at what its parent holds
         more = ["--memory-of", name, "--threads", args.threads]
         memory[name] = timing.in_a_process(__file__, *more)
-    figures, calls = {}, {}
+    figures, calls, models = {}, {}, {}  # one model a stream and depth
     for name, case in cases.items():
-        calls[name], flops = runner(case)
+        model = (case.stream, case.depth)
+        models[model] = models.get(model) or stepper_of(case)
+        calls[name], flops = runner(case, models[model])
         figures[name] = {"flops": flops, "memory_mib": memory[name]["added"]}
         figures[name]["model_mib"] = memory[name]["before"]
     for name, taken in timing.taking_turns(calls, args.rounds).items():
