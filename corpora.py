@@ -5,9 +5,9 @@ further fields kept). Text is plain lines, a blank one between documents, tokeni
 memory-mapped file. How distributed corpora become manifests is in importers.py; what batches are
 made of all this is data.py's business.
 
-Public:  Manifest, read_audio, AudioError, Tokenizer, TextCorpus, read_lines, read_text, write_text,
-         read_table, check_manifest, Report; GLUE, read_glue, read_textnorm, textnorm_files,
-         textnorm_sentences, TextExample, SpokenToken.
+Public:  Manifest, read_audio, audio_source, read_part, AudioError, Tokenizer, TextCorpus,
+         read_lines, read_text, write_text, read_table, check_manifest, Report; GLUE, read_glue,
+         read_textnorm, textnorm_files, textnorm_sentences, TextExample, SpokenToken.
 Letters: N wave samples, V vocabulary, n rows.
 """
 
@@ -59,6 +59,7 @@ NO_CHARACTER = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, files an
 MISSING_S = 0.1  # audio may be so much shorter than its row says: rounding, and an MP3's last frame
 MAPPED_BYTES = 1 << 26  # manifests from this size on are mapped, and their index is kept on disk
 INDEX_VERSION, INDEX_HEADER = 1, 4096  # the latter in bytes, so that columns begin at a page
+TAR_MEMBER = re.compile(r"(.+\.tar):(\d+):(\d+)", re.DOTALL | re.ASCII)  # shard, first byte, bytes
 SEEK_LEAD = 9216  # samples decoded ahead of the wanted ones: an MP3 frame needs the ones before it
 
 
@@ -336,10 +337,48 @@ def one_line(name: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
+def audio_source(path: Path | str) -> Path | str | io.BytesIO:
+    """What soundfile opens: the file, or of `SHARD.tar:FIRST:SIZE` those bytes of it, in memory.
+
+    Raises: AudioError where there is no such file, or it ends before those bytes.
+    """
+
+    def fault(reason: str) -> AudioError:
+        return AudioError(f"{one_line(path)}: {reason}", reason)
+
+    member = TAR_MEMBER.fullmatch(str(path))
+    file = member[1] if member else path
+    if not os.path.isfile(file):
+        if member:
+            raise fault("no such shard")
+        raise fault("a link to nothing" if os.path.islink(path) else "no such audio file")
+    if not member:
+        return path
+    first, size = int(member[2]), int(member[3])
+    with open(file, "rb") as shard:
+        if first + size > os.fstat(shard.fileno()).st_size:
+            raise fault("its shard is cut short")
+        shard.seek(first)
+        return io.BytesIO(shard.read(size))
+
+
+def read_part(
+    audio: soundfile.SoundFile, offset: float, duration: float | None, dtype: str = "float32"
+) -> np.ndarray:
+    """Part of an open file at its own rate: (N, channels) of dtype; arguments as in read_audio."""
+    start = round(offset * audio.samplerate)
+    wanted = -1 if duration is None else max(1, round(duration * audio.samplerate))
+    lead = min(start, SEEK_LEAD)
+    audio.seek(min(start - lead, audio.frames))
+    samples = audio.read(wanted if wanted < 0 else lead + wanted, dtype, always_2d=True)
+    return samples[lead:]
+
+
 def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Part of an audio file as mono at 16 kHz: channels averaged, other rates resampled (soxr HQ).
 
-    Args:    offset, duration  seconds; None reads to the end, and no file is read beyond its end.
+    Args:    path              a file, or `SHARD.tar:FIRST:SIZE`: so many bytes of a tar from FIRST.
+             offset, duration  seconds; None reads to the end, and no file is read beyond its end.
     Returns: (N,) float32 in [-1, 1].
     Raises:  AudioError where there is no such file, where it cannot be decoded, has nothing from
              offset on, or holds NaN.
@@ -348,19 +387,13 @@ def read_audio(path: Path | str, offset: float = 0.0, duration: float | None = N
     def fault(reason: str, detail: str = "") -> AudioError:
         return AudioError(f"{one_line(path)}: {reason}{detail}", reason)
 
-    if not os.path.isfile(path):
-        raise fault("a link to nothing" if os.path.islink(path) else "no such audio file")
     try:
-        with soundfile.SoundFile(path) as audio:
-            rate, start = audio.samplerate, round(offset * audio.samplerate)
-            wanted = -1 if duration is None else max(1, round(duration * rate))
-            lead = min(start, SEEK_LEAD)
-            audio.seek(min(start - lead, audio.frames))
-            samples = audio.read(wanted if wanted < 0 else lead + wanted, "float32", always_2d=True)
+        with soundfile.SoundFile(audio_source(path)) as audio:
+            rate, samples = audio.samplerate, read_part(audio, offset, duration)
     except (RuntimeError, OSError, TypeError) as error:
         found = one_line(getattr(error, "error_string", error)) or type(error).__name__
         raise fault("cannot decode audio", f" ({found})") from error
-    samples = samples[lead:, 0] if samples.shape[1] == 1 else samples[lead:].mean(axis=1)  # (N,)
+    samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)  # (N,)
     if not len(samples):
         raise fault("no audio", f" from {offset:g} s on")
     if not np.isfinite(samples).all():
@@ -708,6 +741,7 @@ def check_manifest(
     *,
     workers: int = 8,
     out: Path | None = None,
+    texts: list[str] | None = None,
 ) -> Report:
     """Count good and bad rows of a manifest, where Manifest.read stops at the first bad one.
 
@@ -715,6 +749,7 @@ def check_manifest(
 
     Args:   read     decode all audio, so many files at a time as there are workers.
             out      a manifest to write the good rows to, with absolute paths.
+            texts    the good rows' transcripts that are not blank are added to it.
     Raises: FileNotFoundError; ValueError where no row is good.
     """
     report, rows = Report(), parse_rows(io.BytesIO(read_bytes(path, "manifest")))
@@ -738,6 +773,8 @@ def check_manifest(
                         report.reject(fault[0], f"{path}:{number}: {fault[1]}")
                         continue
                     report.accept(row)
+                    if texts is not None and row.get("text", "").strip():
+                        texts.append(row["text"])
                     if sink:
                         row["audio_filepath"] = os.path.abspath(path.parent / row["audio_filepath"])
                         sink.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

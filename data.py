@@ -13,7 +13,8 @@ run resumes with one integer, the step.
 Public:  mask_budget, span_mask, mask_text, spec_augment, row_rng, joint_bucket, BatchPlan,
          Waveforms, SpeechBatch, TextBatch, PairBatch, Batch, SpeechRows, TextRows, PairRows,
          StandIns, read_rows, PretrainData, HeldOut, feature_statistics. Commands: manifest, text,
-         tokenizer, glue, textnorm, check (their work is done in importers.py and corpora.py).
+         shards, tokenizer, glue, textnorm, check (their work is done in importers.py, shards.py and
+         corpora.py).
 Letters: B rows, N wave samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens,
          M masked positions of a batch, V vocabulary, A micro-batches of a step, n rows of a stream.
 Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of speech; SpanBERT
@@ -23,7 +24,6 @@ Paper:   SLAM (Bapna et al. 2021); w2v-BERT (Chung et al. 2021) for the masks of
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import re
 import sys
@@ -68,19 +68,17 @@ from corpora import (
     Tokenizer,
     check_manifest,
     one_line,
-    parse_rows,
     paths_of,
     read_audio,
-    read_bytes,
     read_glue,
     read_text,
-    row_fault,
     textnorm_files,
     textnorm_sentences,
     too_short,
     write_text,
 )
 from importers import IMPORTERS, WORKERS
+from shards import shards_manifest, write_shards
 from training import RowFault, TensorBatch, check_numbers
 
 # w2v-BERT: a span of 10 frames starts anywhere with p = 0.065, which covers 1 - (1 - p)^10 = 49%.
@@ -1082,21 +1080,26 @@ def _run_manifest(args: argparse.Namespace) -> None:
     if options.get("splits"):
         options["splits"] = options["splits"].split(",")
     check_numbers(args, from_1=("workers",))
-    report = IMPORTERS[args.layout](args.root, args.out, **options)
+    report = LAYOUTS[args.layout](args.root, args.out, **options)
     Manifest.read([args.out])  # leaves the index of a large one beside it
     print(f"{args.out}: {report}")
 
 
+def _run_shards(args: argparse.Namespace) -> None:
+    check_numbers(args, from_1=("workers",), above_0=("shard_mib",))
+    manifest, n_shards, report = write_shards(
+        args.manifest, args.out_dir, args.shard_mib, workers=args.workers
+    )
+    print(f"{manifest}: {n_shards} shards, {report}")
+
+
 def _run_check(args: argparse.Namespace) -> None:
     check_numbers(args, from_1=("workers",))
-    its = {"workers": args.workers, "out": args.out}
+    tokenizer, texts = args.tokenizer and Tokenizer.load(args.tokenizer), []
+    its = {"workers": args.workers, "out": args.out, "texts": texts if tokenizer else None}
     report = check_manifest(Path(args.manifest), args.max_audio_s, args.read, **its)
     print(f"{args.manifest}: {report}")
-    if args.tokenizer:
-        tokenizer = Tokenizer.load(args.tokenizer)
-        lines = io.BytesIO(read_bytes(Path(args.manifest), "manifest"))
-        rows = [row for *_, row in parse_rows(lines)]
-        texts = [row["text"] for row in rows if not row_fault(row, True) and row["text"].strip()]
+    if tokenizer:
         ids = tokenizer.encode(texts)
         lens, unknown = [len(row) for row in ids], sum(row.count(UNK_ID) for row in ids)
         sizes = f"{sum(lens)} tokens, longest {max(lens, default=0)}, unknown {unknown}"
@@ -1141,6 +1144,7 @@ MANIFEST_HELP = (
     "Switchboard/Fisher and Broadcast News are sold by the LDC: prepare them with Kaldi, then use "
     "`kaldi`. An import that was interrupted goes on where OUT.partial ends."
 )
+LAYOUTS = IMPORTERS | {"shards": shards_manifest}
 # What each layout's importer takes beside root, out and workers: its parameter to the flag's how.
 SPLITS = {"splits": {"help": "comma separated (default all)"}}
 LAYOUT_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -1176,7 +1180,7 @@ LAYOUT_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of data.py: manifest, text, tokenizer, glue, textnorm, check."""
+    """The command line of data.py: manifest, shards, text, tokenizer, glue, textnorm, check."""
     parser = argparse.ArgumentParser(prog="data.py", description="Prepare and check training data.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -1215,10 +1219,11 @@ def build_parser() -> argparse.ArgumentParser:
         "manifest", help="write the manifest of a corpus", description=MANIFEST_HELP
     )
     layouts = layouts.add_subparsers(dest="layout", required=True)
-    for layout, importer in IMPORTERS.items():
+    for layout, importer in LAYOUTS.items():
         about = (importer.__doc__ or "").split("\n")[0]
         command = layouts.add_parser(layout, help=about, description=about)
-        lists = {"fairseq": "the .tsv", "nemo": "the manifest", "kaldi": "the data folder"}
+        lists = {"fairseq": "the .tsv", "nemo": "the manifest", "kaldi": "the data folder",
+                 "shards": "folder of .tar files, or a pattern, as 'x/train-*.tar'"}  # fmt: skip
         command.add_argument("root", help=lists.get(layout, "folder of the corpus"))
         command.add_argument("out", help="manifest to write (.jsonl)")
         for name, how in LAYOUT_OPTIONS.get(layout, {}).items():
@@ -1228,10 +1233,23 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, default=WORKERS, help=about)
         command.set_defaults(run=_run_manifest)
 
+    command = commands.add_parser(
+        "shards",
+        help="pack a manifest's audio into tar files, for network disks",
+        description="Pack a manifest's audio into plain tar files (WebDataset's convention) and "
+        "write the manifest of them. What was interrupted goes on when it is started again.",
+    )
+    add = command.add_argument
+    add("manifest", type=Path)
+    add("out_dir", type=Path, help="folder for the shards and the new manifest, of the same name")
+    add("--shard-mib", type=float, default=256.0, help="size of a shard (default %(default)s)")
+    add("--workers", type=int, default=WORKERS, help="files at a time (default %(default)s)")
+    command.set_defaults(run=_run_shards)
+
     command = commands.add_parser("check", help="count rows, hours, speakers and what is wrong")
     add = command.add_argument
     add("manifest")
-    add("--tokenizer", help="also count tokens with this model")
+    add("--tokenizer", help="also count the good rows' tokens with this model")
     add("--max-audio-s", type=float, default=math.inf, help="reject longer rows (default none)")
     add("--read", action="store_true", help="decode every file")
     add("--workers", type=int, default=WORKERS, help="files at a time (default %(default)s)")

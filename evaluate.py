@@ -24,9 +24,9 @@ import hashlib
 import json
 import math
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +97,29 @@ class TaskSet(NamedTuple):
     malformed: dict[str, int] = {}  # lines of the files that are no examples: reason to number
 
 
+class TokenRows:
+    """Token lists end to end in one array, which forked loader processes share: rows[i] is (U,).
+
+    Attributes: lens (n,) int64.
+    """
+
+    def __init__(self, rows: Iterable[Sequence[int]]) -> None:
+        tokens, stops = array("i"), array("q", [0])
+        for row in rows:
+            tokens.extend(row)
+            stops.append(len(tokens))
+        self._tokens, self._stops = np.array(tokens, np.int32), np.array(stops, np.int64)
+        self.lens = np.diff(self._stops)
+
+    def __len__(self) -> int:
+        return len(self.lens)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if i >= len(self):
+            raise IndexError(i)  # which ends a loop
+        return self._tokens[self._stops[i] : self._stops[i + 1]]
+
+
 class SpeechTaskRows:
     """Utterances and the texts that they are to become.
 
@@ -109,7 +132,7 @@ class SpeechTaskRows:
     def __init__(
         self,
         manifest: Manifest,
-        targets: list[list[int]],
+        targets: TokenRows,
         tags: list[int],
         faults: dict[str, np.ndarray],
         *,
@@ -119,7 +142,7 @@ class SpeechTaskRows:
     ) -> None:
         """Choose the rows.
 
-        Args:   targets  token lists; tags, which of the head's tags each has; one a manifest row.
+        Args:   targets  tokens; tags, which of the head's tags each has; one a manifest row.
                 faults   reason to (n,) bool, which rows of the manifest cannot be used.
                 augment  strength of SpecAugment, which hides other parts in each epoch; None for
                          rows that are not trained on.
@@ -130,8 +153,8 @@ class SpeechTaskRows:
         keep, self.left_out = data.usable(manifest, faults)
         self.manifest, self.kept = manifest.filtered(keep), np.flatnonzero(keep)
         self.lengths = data.row_frames(self.manifest)
-        self.target_lens = np.array([len(targets[i]) for i in self.kept], np.int64)
-        self._targets, self._tags = targets, tags
+        self.target_lens = targets.lens[self.kept]
+        self._targets, self._tags = targets, np.array(tags, np.int64)
 
     @property
     def fingerprint(self) -> str:
@@ -167,11 +190,11 @@ class SpeechTaskRows:
                 rng = data.row_rng(self.seed, epoch, row, data.SPEC_AUGMENT)
                 frames, bins = map(torch.from_numpy, data.spec_augment(rng, n, self.augment))
                 hidden["hidden_frames"][b, :n], hidden["hidden_bins"][b] = frames, bins
-        chosen = self.kept[rows].tolist()
+        chosen = self.kept[rows]
         targets, target_lens = _padded([self._targets[i] for i in chosen], target_len)
         return TaskBatch(
             lens, features, **hidden, targets=targets, target_lens=target_lens,
-            tags=torch.tensor([self._tags[i] for i in chosen]),
+            tags=torch.from_numpy(self._tags[chosen]),
             faults=stand_ins and (stand_ins.faults or None),
         )  # fmt: skip
 
@@ -192,31 +215,33 @@ class TextTaskRows:
         Args:   inputs  token lists that begin with [CLS]; labels, or targets: their answers.
         Raises: ValueError when none is usable.
         """
-        self._inputs, self._labels, self._targets = inputs, labels, targets
-        lengths = np.array([len(row) for row in inputs], np.int64)
+        self._inputs, lengths = TokenRows(inputs), np.array([len(row) for row in inputs], np.int64)
+        self._labels = None if labels is None else np.array(labels, np.int64)
+        self._targets = None if targets is None else TokenRows(targets)
         self.kept = np.flatnonzero(lengths <= max_tokens)
         n_long, reason = len(inputs) - len(self.kept), f"longer than --max-tokens {max_tokens}"
         self.left_out = {reason: n_long} if n_long else {}
         if not len(self.kept):
             raise ValueError(f"0 of {len(inputs)} rows usable: all are {reason}")
         self.lengths = lengths[self.kept]
-        target_lens = [len(targets[i]) if targets else 0 for i in self.kept]
-        self.target_lens = np.array(target_lens, np.int64)
+        none = np.zeros(len(self.kept), np.int64)
+        self.target_lens = none if targets is None else self._targets.lens[self.kept]
 
     @property
     def fingerprint(self) -> str:
-        everything = json.dumps([self._inputs, self._labels, self._targets])
+        parts = (self._inputs, self._labels, self._targets)
+        lists = [None if part is None else [each.tolist() for each in part] for part in parts]
+        everything = json.dumps(lists)
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
     def collate(
         self, rows: np.ndarray, epochs: np.ndarray, bucket_len: int, target_len: int | None = None
     ) -> TaskBatch:
         """Rows in bucket_len tokens; nothing of them is random."""
-        chosen = self.kept[rows].tolist()
+        chosen = self.kept[rows]
         tokens, lens = _padded([self._inputs[i] for i in chosen], bucket_len)
         if self._labels is not None:
-            labels = torch.tensor([self._labels[i] for i in chosen])
-            return TaskBatch(lens, tokens=tokens, labels=labels)
+            return TaskBatch(lens, tokens=tokens, labels=torch.from_numpy(self._labels[chosen]))
         targets, target_lens = _padded([self._targets[i] for i in chosen], target_len)
         tags = torch.zeros(len(chosen), dtype=torch.int64)
         return TaskBatch(lens, tokens=tokens, targets=targets, target_lens=target_lens, tags=tags)
@@ -265,7 +290,7 @@ def read_task_set(
     if TASKS[task].modality == "speech":
         manifest = Manifest.read(paths, text_required=task == "asr")
         references, tags = spoken_references(manifest, head.tags)
-        targets = [tokenizers.target.encode(text) for text in references]
+        targets = TokenRows(map(tokenizers.target.encode, references))
         faults = {f"longer than --max-audio-s {max_audio_s:g}": manifest.durations > max_audio_s}
         if augment is not None:
             faults |= _faults_of_training(manifest, targets, head)
@@ -301,13 +326,13 @@ def _read_sentences(
 
 
 def _faults_of_training(
-    manifest: Manifest, targets: list[list[int]], head: HeadConfig
+    manifest: Manifest, targets: TokenRows, head: HeadConfig
 ) -> dict[str, np.ndarray]:
     """What keeps a row from being trained on, though it can be scored: reason to (n,) bool."""
-    lens = np.array([len(target) for target in targets], np.int64)
+    lens = targets.lens
     faults = {"without text": lens == 0}
     if head.kind == "ctc":
-        repeats = [sum(a == b for a, b in pairwise(target)) for target in targets]
+        repeats = np.array([(each[1:] == each[:-1]).sum() for each in targets], np.int64)
         too_few = subsampled_lens(data.row_frames(manifest)) < lens + repeats
         faults["with fewer frames than CTC needs for the text"] = too_few
     return faults

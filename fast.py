@@ -6,8 +6,8 @@ and then records the whole of forward and backward as one CUDA graph a shape, wh
 without Python. Batches have at most 8 joint shapes (data.py), so that both end after a few steps.
 Tests hold each to `none`.
 
-Public: matmul_flops, choose_matmul, compile_blocks, check_fast, autocast, MicroStep,
-        GraphedMicroStep, make_micro_step, compilations, uncompiled, peak_memory_mib.
+Public: matmul_flops, choose_matmul, check_fast, compile_blocks, checkpoint_blocks, uncompiled,
+        compilations, autocast, MicroStep, GraphedMicroStep, make_micro_step, peak_memory_mib.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from conformer import ConformerStack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 PROBE_SIZE = {"cpu": 512, "cuda": 8192}  # of a square matrix product
@@ -146,10 +144,20 @@ def compile_blocks(model: nn.Module, mode: str) -> None:
     if mode == "none":
         return
     torch._dynamo.config.recompile_limit = MOST_COMPILED
-    for stack in model.modules():
-        if isinstance(stack, ConformerStack):
-            for block in stack.blocks:
-                block.compile(dynamic=False, fullgraph=True)
+    for stack in _stacks(model):
+        for block in stack.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+
+
+def checkpoint_blocks(model: nn.Module, wanted: bool) -> None:
+    """Turn activation checkpointing (conformer.ConformerStack) on or off everywhere."""
+    for stack in _stacks(model):
+        stack.checkpointing = wanted
+
+
+def _stacks(model: nn.Module) -> Iterator[nn.Module]:
+    """The piles of Conformer blocks in a model, known by their switch: this file imports none."""
+    return (part for part in model.modules() if hasattr(part, "checkpointing"))
 
 
 def compilations() -> int:

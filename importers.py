@@ -29,7 +29,9 @@ from corpora import (
     AUDIO_SUFFIXES,
     MISSING_S,
     NO_CHARACTER,
+    AudioError,
     Report,
+    audio_source,
     parse_rows,
     paths_of,
     read_bytes,
@@ -83,10 +85,12 @@ class Lengths:
         if path in self.known:
             return self.known[path]
         try:
-            info = soundfile.info(path)
+            info = soundfile.info(audio_source(path))
             return info.frames / info.samplerate
+        except AudioError as error:
+            return error.reason
         except (RuntimeError, OSError, TypeError, UnicodeError):
-            return "cannot decode audio" if Path(path).is_file() else "no such audio file"
+            return "cannot decode audio"
 
     def keep(self, found: dict[str, float | str]) -> None:
         """Remember what was measured; files with a fault may be mended, they are tried again."""

@@ -44,7 +44,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import fast
-from conformer import ConformerStack
 
 CODEBOOK_ALARM = 0.05  # of V: a hard perplexity below this share is called a collapse
 DATA_WAIT_ALARM = 0.2  # of the step's time
@@ -1058,9 +1057,7 @@ def make_fast(model: nn.Module, args: argparse.Namespace, ranks: Ranks, stored: 
     )
     fast.check_fast(args.fast, ranks.device, model.loss_names, recomputes)
     fast.compile_blocks(model, args.fast)
-    for part in model.modules():
-        if isinstance(part, ConformerStack):
-            part.checkpointing = args.activation_checkpointing
+    fast.checkpoint_blocks(model, args.activation_checkpointing)
     if args.fp32_matmul == "auto" and stored:
         args.fp32_matmul = stored
     chosen, why = fast.choose_matmul(args.fp32_matmul, ranks.device)

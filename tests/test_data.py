@@ -1664,6 +1664,10 @@ def test_check_counts_what_is_wrong(tmp_path, tokenizer, capsys):
     assert [json.loads(line) for line in out.read_text().splitlines()] == [
         {**good, "audio_filepath": f"{tmp_path}/a.wav"}
     ]
+    command = ["check", str(path), "--read", "--tokenizer", str(tmp_path / "t.model")]
+    assert data.main(command) == 0
+    n_tokens = len(tokenizer.encode("a cat"))  # of the one good row
+    assert f"1 transcripts: {n_tokens} tokens, longest {n_tokens}" in capsys.readouterr().out
     assert data.main(["check", str(path), "--max-audio-s", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "0 usable rows" in error and error.count("\n") == 1

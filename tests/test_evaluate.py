@@ -2,6 +2,7 @@
 are answered once; and using a model on audio and text."""
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -521,6 +522,24 @@ def numbered_set(lengths: list[int], max_tokens: int) -> TaskSet:
     inputs = [[CLS_ID, 100 + i, *[7] * (n - 2)] for i, n in enumerate(lengths)]
     rows = evaluate.TextTaskRows(inputs, targets=[[1]] * len(inputs), max_tokens=max_tokens)
     return TaskSet([f"r{i}" for i in range(len(inputs))], [""] * len(inputs), rows)
+
+
+def test_token_rows_are_the_lists_they_were_made_of():
+    lists = [[5, 2, 9], [], [70_000], [1, 1]]
+    rows = evaluate.TokenRows(iter(lists))
+    assert [row.tolist() for row in rows] == lists and rows.lens.tolist() == [3, 0, 1, 2]
+    assert [rows[i].tolist() for i in np.array([3, 0])] == [lists[3], lists[0]]
+    assert len(evaluate.TokenRows([])) == 0
+    many = evaluate.TokenRows([[i] * 5 for i in range(10_000)])
+    assert len(pickle.dumps(many)) < 10_000 * (5 * 4 + 2 * 8) + 1000  # arrays, no objects
+
+
+def test_the_fingerprint_of_text_rows_is_that_of_older_checkpoints():
+    """Their runs resume: it may not change with how tokens are held."""
+    inputs = [[2, 5, 3], [2, 3]]
+    labelled = evaluate.TextTaskRows(inputs, labels=[1, 0], max_tokens=9)
+    written = evaluate.TextTaskRows(inputs, targets=[[7], []], max_tokens=9)
+    assert (labelled.fingerprint, written.fingerprint) == ("3fc0a711195d2abc", "7adec614d02a49e8")
 
 
 LENS = [5, 3, 9, 30, 4, 8, 2, 31, 6, 5, 7]  # two of them are too long

@@ -221,9 +221,7 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less():
 
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
         model = make_model(dropout=0.1, mm_layers=3)
-        for part in model.modules():
-            if isinstance(part, ConformerStack):
-                part.checkpointing = checkpointing
+        fast.checkpoint_blocks(model, checkpointing)
         sizes = []
 
         def note(tensor: torch.Tensor) -> torch.Tensor:

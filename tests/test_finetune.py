@@ -693,7 +693,7 @@ def test_unreadable_utterances_are_replaced_with_their_targets(paths, tmp_path, 
     run = finetune.prepare(finetune.parse_arguments(arguments), ALONE)
     rows, batches = run.train.rows, finetune.TaskData(run.train.rows, run.plan)
     assert batches.audio_rows == {"train": len(rows.manifest)}
-    targets = {i: rows._targets[rows.kept[i]] for i in range(len(rows.kept))}
+    targets = {i: rows._targets[rows.kept[i]].tolist() for i in range(len(rows.kept))}
     named = set()
     for step in range(24):
         batch = batches[step, 0]
