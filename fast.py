@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 PROBE_SIZE = {"cpu": 512, "cuda": 8192}  # of a square matrix product
 # `auto` switches only where it is worth it, and well above what neighbours on a machine do to a
 # time: the same command on the same machine should always choose the same.
-WORTH_SWITCHING = 1.3
+WORTH_SWITCHING = 1.6
 EXACT = 1e-4  # largest error over RMS that is fp32's rounding; bf16 has 1e-2
 MOST_COMPILED = 64  # shapes of a block: 8 joint ones, each with up to four stacks' batches
 WARM_UP = 2  # times that a shape runs as usual before it is recorded
@@ -77,7 +77,7 @@ def choose_matmul(choice: str, device: torch.device) -> tuple[str, str]:
     On some processors torch's default library for them reaches half of what another one, oneDNN,
     does; torch.set_float32_matmul_precision("medium") leads there. What "medium" means depends on
     the processor: with bf16 matrix units oneDNN really computes in bf16, without them in fp32. So
-    `auto` measures: it takes "medium" on a CPU where that is 1.3 times as fast and as exact as
+    `auto` measures: it takes "medium" on a CPU where that is 1.6 times as fast and as exact as
     fp32, and else leaves "highest".
 
     Args: choice  auto, highest, high or medium.
@@ -90,7 +90,7 @@ def choose_matmul(choice: str, device: torch.device) -> tuple[str, str]:
     for _ in range(3):  # in turns
         for name in speed:
             torch.set_float32_matmul_precision(name)
-            speed[name] = max(speed[name], matmul_flops(device, "fp32", rounds=3))
+            speed[name] = max(speed[name], matmul_flops(device, "fp32", rounds=5))
             error[name] = _matmul_error(device)
     gain = speed["medium"] / speed["highest"]
     chosen = "medium" if gain >= WORTH_SWITCHING and error["medium"] < EXACT else "highest"

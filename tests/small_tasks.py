@@ -163,6 +163,7 @@ def options(paths: dict[str, Path], task: str, out_dir: Path, *more: object) -> 
     """Arguments of finetune.py on these files, two steps from scratch; later flags win."""
     files = ["--train", paths[task], "--dev", paths[f"{task}_dev"], "--out-dir", out_dir]
     files += ["--tokenizer", paths["tokenizer"]]
+    files += ["--fp32-matmul", "highest"]  # on a busy machine the probe might choose otherwise
     targets = ["--targets", "de,ca"] if task == "st" else []
     more = [part for word in more for part in (word.split() if isinstance(word, str) else [word])]
     return [str(part) for part in ("--task", task, *files, *targets, *QUICK.split(), *more)]
