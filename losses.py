@@ -138,10 +138,13 @@ def _similarity(context: Tensor, target: Tensor, reach: int) -> tuple[Tensor, Te
     Contexts are cut into blocks of `reach`. A block is multiplied with the targets of itself and of
     its two neighbours, so that the work grows with M and not with its square.
 
-    Returns: (M, 3 reach) similarities; (M,) the frame whose target the first column is, which may
-             be before 0.
+    Returns: (M, 3 reach) similarities, or (M, M) where that is less; (M,) the frame whose target
+             the first column is, which may be before 0.
     """
     M = context.shape[0]
+    if 3 * reach >= M:  # all with all is less
+        similarity = context @ target.T / CONTRASTIVE_TEMPERATURE
+        return similarity, torch.zeros(M, dtype=torch.int64, device=context.device)
     n_blocks = -(-M // reach)
     filler = n_blocks * reach - M
     left = F.pad(context, (0, 0, 0, filler)).unflatten(0, (n_blocks, reach))

@@ -101,23 +101,23 @@ def slow_contrastive(context, target, negatives, usable, codes):
     return totals
 
 
-@pytest.mark.parametrize("reach", [None, 12, 25, 40])
+@pytest.mark.parametrize("reach", [None, 12, 25])
 @pytest.mark.parametrize("G", [None, 1, 2])
 def test_contrastive_equals_a_slow_loop(G, reach):
     torch.manual_seed(0)
-    row = torch.tensor([0] * 9 + [1] * 1 + [2] * 12 + [0] * 3)
-    weight = torch.tensor([1.0] * 22 + [0.0] * 3)
-    target = torch.randn(25, 8, dtype=torch.float64)
-    context = target + torch.randn(25, 8, dtype=torch.float64)
-    codes = None if G is None else torch.randint(0, 3, (25, G))
-    negatives, usable = sample_negatives(row, weight, 6, 3)
+    row = torch.tensor([0] * 9 + [1] * 1 + [2] * 12 + [3] * 12 + [4] * 4 + [0] * 3)
+    weight = torch.tensor([1.0] * 38 + [0.0] * 3)
+    target = torch.randn(41, 8, dtype=torch.float64)
+    context = target + torch.randn(41, 8, dtype=torch.float64)
+    codes = None if G is None else torch.randint(0, 3, (41, G))
+    negatives, usable = sample_negatives(row, weight, 6, 5)
     loss = contrastive(context, target, negatives, usable, codes, reach)
     for value, expected in zip(
         loss[:5], slow_contrastive(context, target, negatives, usable, codes), strict=True
     ):
         assert close(value, expected, 1e-9)
     assert (
-        0 < float(loss.correct) < float(loss.count) == 21 if G is None else float(loss.count) <= 21
+        0 < float(loss.correct) < float(loss.count) == 37 if G is None else float(loss.count) <= 37
     )
 
 
