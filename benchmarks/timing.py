@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import platform
@@ -25,6 +26,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules
+
+import fast  # noqa: E402
 
 Times = dict[Any, list[float]]  # seconds of each case, one a round
 
@@ -95,14 +100,15 @@ class Setting:
     oneDNN then still computes in fp32, depends on the processor.
     """
 
-    precision: str  # torch.set_float32_matmul_precision
+    precision: str  # torch.set_float32_matmul_precision, or "auto": what the project chooses
     bf16: bool = False  # autocast of the forward pass
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
         """The setting of fp32 products, put back afterwards."""
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.precision)
+        precision = own_matmul() if self.precision == "auto" else self.precision
+        torch.set_float32_matmul_precision(precision)
         try:
             yield
         finally:
@@ -114,9 +120,15 @@ class Setting:
         return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
 
 
+@functools.cache
 def own_matmul() -> str:
-    """The precision that this project chooses on this machine."""
-    return "medium"
+    """The precision that this project chooses on this machine, probed once."""
+    before = torch.get_float32_matmul_precision()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return fast.choose_matmul("auto", device)[0]
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 DEFAULT, EQUAL, BF16, OWN = "fp32", "fp32, medium for all", "bf16 autocast", "fp32, own choice"
@@ -124,7 +136,7 @@ SETTINGS = {
     DEFAULT: Setting("highest"),  # torch's default
     EQUAL: Setting("medium"),
     BF16: Setting("highest", bf16=True),
-    OWN: Setting(own_matmul()),  # of ours alone, beside peers in the first
+    OWN: Setting("auto"),  # of ours alone, beside peers in the first
 }
 PRODUCT = 2048  # rows and columns of the matrices that show the peak
 

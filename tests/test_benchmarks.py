@@ -94,6 +94,24 @@ def test_a_setting_is_put_back_after_an_error_too(timing):
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_the_own_choice_is_that_of_the_project_and_leaves_no_trace(timing, monkeypatch):
+    before, asked = torch.get_float32_matmul_precision(), []
+
+    def choose(choice, device):
+        asked.append(choice)
+        torch.set_float32_matmul_precision("high")
+        return "high", ""
+
+    monkeypatch.setattr(timing.fast, "choose_matmul", choose)
+    timing.own_matmul.cache_clear()
+    for _ in range(2):
+        with timing.SETTINGS[timing.OWN].products():
+            assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == before
+    timing.own_matmul.cache_clear()
+    assert asked == ["auto"]  # probed once
+
+
 def test_autocast_is_on_where_the_setting_says_so(timing):
     x = torch.randn(4, 4)
     for name, setting in timing.SETTINGS.items():
