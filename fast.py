@@ -41,10 +41,11 @@ BUCKET = 2**25  # gradients reduced at a time
 # --------------------------------------------------------------------------------- matrix products
 
 
-def matmul_flops(device: torch.device, dtype: str, rounds: int = 7) -> float:
+def matmul_flops(device: torch.device, dtype: str, rounds: int = 50) -> float:
     """Floating-point operations a second of this device's best matrix product, as of now.
 
-    A square product, 512 wide on a CPU and 8192 on an accelerator; the best of `rounds`.
+    A square product, 512 wide on a CPU and 8192 on an accelerator; the best of `rounds`. On a CPU
+    that others keep busy it is too low, and MFU by it too high.
     """
     n, of_type = PROBE_SIZE.get(device.type, 4096), DTYPES[dtype]
     a, b = torch.randn(2, n, n, device=device).to(of_type)
