@@ -9,7 +9,7 @@ Padding never matters. Every convolution, norm and attention leaves padding out,
 same output alone and in any batch.
 
 Public:  time constants, special ids, SlamConfig, SIZES, log_mel, subsampled_lens, block_flops,
-         SlamEncoder and its parts.
+         speech_flops, SlamEncoder and its parts.
 Letters: B batch, N samples, F log-mel frames (10 ms), T encoder frames (40 ms), U text tokens,
          L = T+U joined, C convolution features (640), D model width, H heads.
 """
@@ -486,6 +486,15 @@ class SpeechEncoder(nn.Module):
         return context, self.closing(context)
 
 
+def speech_flops(config: SlamConfig, lens: Tensor) -> float:
+    """As block_flops, of the whole speech encoder; lens (B,) in encoder frames."""
+    C, D = config.subsample_channels, config.d_model
+    mels = N_MELS // 2  # of a frame after the first convolution; half as many after the second
+    convolutions = 2 * 9 * (2 * mels * C + mels // 2 * C * C)
+    around = convolutions + 2 * config.conv_dim * D + 2 * D * D
+    return float(lens.sum()) * around + config.speech_layers * block_flops(config, lens)
+
+
 def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tensor:
     """(length, dim) float32 position encodings.
 
@@ -496,15 +505,6 @@ def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tens
     rates = torch.exp(torch.arange(half, device=device) * step)
     angles = torch.arange(length, device=device)[:, None] * rates[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def speech_flops(config: SlamConfig, lens: Tensor) -> float:
-    """As block_flops, of the whole speech encoder; lens (B,) in encoder frames."""
-    C, D = config.subsample_channels, config.d_model
-    mels = N_MELS // 2  # of a frame after the first convolution; half as many after the second
-    convolutions = 2 * 9 * (2 * mels * C + mels // 2 * C * C)
-    around = convolutions + 2 * config.conv_dim * D + 2 * D * D
-    return float(lens.sum()) * around + config.speech_layers * block_flops(config, lens)
 
 
 class TextEmbedder(nn.Module):

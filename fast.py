@@ -87,16 +87,15 @@ def choose_matmul(choice: str, device: torch.device) -> tuple[str, str]:
         chosen = "highest" if choice == "auto" else choice
         torch.set_float32_matmul_precision(chosen)
         return chosen, ""
-    speed, error = {"highest": 0.0, "medium": 0.0}, {}
+    speed = {"highest": 0.0, "medium": 0.0}
     for _ in range(3):  # in turns
         for name in speed:
             torch.set_float32_matmul_precision(name)
             speed[name] = max(speed[name], matmul_flops(device, "fp32", rounds=5))
-            error[name] = _matmul_error(device)
-    gain = speed["medium"] / speed["highest"]
-    chosen = "medium" if gain >= WORTH_SWITCHING and error["medium"] < EXACT else "highest"
+    gain, error = speed["medium"] / speed["highest"], _matmul_error(device)  # of "medium", the last
+    chosen = "medium" if gain >= WORTH_SWITCHING and error < EXACT else "highest"
     torch.set_float32_matmul_precision(chosen)
-    why = f"medium is {gain:.2f} times as fast, largest error {error['medium']:.0e} of the RMS"
+    why = f"medium is {gain:.2f} times as fast, largest error {error:.0e} of the RMS"
     if chosen == "highest":
         return chosen, ""
     return chosen, f"fp32 matrix products: {chosen} ({why}; --fp32-matmul)"

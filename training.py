@@ -1043,7 +1043,7 @@ def check_same_run(
     ]
 
 
-# ---------------------------------------------------------------------------------------- arguments
+# -------------------------------------------------------------------------- fast path and arguments
 
 
 def make_fast(model: nn.Module, args: argparse.Namespace, ranks: Ranks, stored: str | None) -> None:

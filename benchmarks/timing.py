@@ -14,7 +14,6 @@ import importlib
 import json
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -74,9 +73,8 @@ def medians(taken: Times) -> dict[Any, float]:
 
 
 def peak_mib() -> float:
-    """The most memory that this process ever held, in MiB. Linux counts KiB, macOS bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    """The most memory that this process ever held, in MiB."""
+    return fast.peak_memory_mib(torch.device("cpu"))
 
 
 def in_a_process(script: str, *arguments: object) -> Any:
