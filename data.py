@@ -402,12 +402,16 @@ class Waveforms(TensorBatch):
 
 @dataclass(frozen=True)
 class SpeechBatch(TensorBatch):
-    """Utterances. Features are raw: the model standardises them. M is fixed in a bucket."""
+    """Utterances. Features are raw: the model standardises them.
+
+    Masked frames are listed m for each row, M = B m, where m is the most that a row of the bucket
+    can have: so the shape is fixed. Rows with fewer end with filler, of weight 0.
+    """
 
     features: Tensor | Waveforms  # (B, F, 80) float32 log-mel, zero after each row's end
     feature_lens: Tensor  # (B,) int64
     masked: Tensor  # (B, T) bool, never on padding
-    masked_index: Tensor  # (M,) int64 into the B*T frames, ascending; filler 0 at the end
+    masked_index: Tensor  # (M,) int64 into the B*T frames; filler points to its row's first
     masked_weight: Tensor  # (M,) float32, 1, and 0 for filler
 
 
@@ -417,7 +421,7 @@ class TextBatch(TensorBatch):
 
     tokens: Tensor  # (B, U) int64, corrupted, PAD after each row's end
     lens: Tensor  # (B,) int64
-    masked_index: Tensor  # (M,) int64 into the B*U tokens, ascending; filler 0 at the end
+    masked_index: Tensor  # (M,) int64 into the B*U tokens, likewise
     masked_weight: Tensor  # (M,) float32, 1, and 0 for filler
     targets: Tensor  # (M,) int64 original tokens, PAD for filler
 
@@ -460,13 +464,14 @@ class Batch(TensorBatch):
         return counts
 
 
-def _flat_masked(masked: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Flat positions of the True ones, filled up to M: (M,) int64; their weights (M,) float32."""
-    places = np.flatnonzero(masked)
-    assert len(places) <= capacity, (len(places), capacity)
-    index, weight = np.zeros(capacity, np.int64), np.zeros(capacity, np.float32)
-    index[: len(places)], weight[: len(places)] = places, 1.0
-    return index, weight
+def _flat_masked(masked: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions of the True ones, m a row: (B m,) int64; their weights (B m,) float32."""
+    B, T = masked.shape
+    index, weight = np.zeros((B, m), np.int64), np.zeros((B, m), np.float32)
+    for b, row in enumerate(masked):
+        places = np.flatnonzero(row)
+        index[b, : len(places)], weight[b, : len(places)] = places, 1.0
+    return (index + T * np.arange(B)[:, None]).ravel(), weight.ravel()
 
 
 def padded(rows: list[np.ndarray], width: int) -> np.ndarray:
@@ -492,7 +497,7 @@ def _text_batch(
     pairs = [mask_text(rng, row, share, TEXT_SPAN, vocab_size) for rng, row in zip(rngs, clean)]
     masked = padded([mask for _, mask in pairs], width) == 1  # (B, U)
     room = width - 1  # [CLS] is never masked
-    index, weight = _flat_masked(masked, len(clean) * mask_budget(room, share))
+    index, weight = _flat_masked(masked, mask_budget(room, share))
     targets = np.where(weight > 0, padded(clean, width).ravel()[index], PAD_ID)
     tokens = torch.from_numpy(padded([corrupted for corrupted, _ in pairs], width))
     return TextBatch(tokens, _lens(clean), *map(torch.from_numpy, (index, weight, targets)))
@@ -529,7 +534,7 @@ def _speech_batch(
     masked = np.zeros((len(rows), n_enc), bool)  # (B, T)
     for i, (n_valid, rng) in enumerate(zip(subsampled_lens(lens).tolist(), rngs)):
         masked[i, :n_valid] = span_mask(rng, n_valid, share, SPEECH_SPAN)
-    flat = _flat_masked(masked, len(rows) * mask_budget(n_enc, share))
+    flat = _flat_masked(masked, mask_budget(n_enc, share))
     return SpeechBatch(features, lens, *map(torch.from_numpy, (masked, *flat)))
 
 

@@ -2,13 +2,14 @@
 
 SLAM sections 3.2 and 3.3. Each returns sums over positions and their count, in fp32, and nobody
 divides here: batches, micro-batches and ranks hold different counts, so the training loop divides
-once, by the count of the whole step. Masked positions come as M rows gathered from the batch;
-`weight` is 0 for the filler that pads M to a static size.
+once, by the count of the whole step. Masked positions come as M rows gathered from the batch, m
+for each of its B rows; `weight` is 0 for the filler that pads them to a static size.
 
 Public:  Loss, sample_negatives, contrastive, diversity, code_prediction, token_prediction,
          speech_text_matching, ctc, ctc_fits, classification, label_smoothed, rnnt.
-Letters: M positions, masked ones or a target's tokens, K negatives, D width, G codebooks, V codes
-         or vocabulary, B rows, T encoder frames, U tokens, N diagonals of a lattice.
+Letters: M positions, masked ones (M = B m) or a target's tokens, K negatives, D width,
+         G codebooks, V codes or vocabulary, B rows, T encoder frames, U tokens, N diagonals of a
+         lattice.
 """
 
 from __future__ import annotations
@@ -56,43 +57,31 @@ def _wide(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- speech
 
 
-def sample_negatives(
-    row: Tensor, weight: Tensor, n_negatives: int, n_rows: int
-) -> tuple[Tensor, Tensor]:
+def sample_negatives(weight: Tensor, n_negatives: int) -> tuple[Tensor, Tensor]:
     """Draw distractors for the contrastive loss from the other masked frames of the same utterance.
 
-    The M masked frames stand row-major, so those of utterance b are one run: `start[b]`, `size[b]`
-    long. A distractor is a step of 1 to size-1 frames from the positive, around the run's end:
-    uniform over the others, never the positive.
+    A distractor is a step of 1 to size-1 frames from the positive, around the end of the
+    utterance's `size` masked frames: uniform over the others, never the positive.
 
-    Args:    row (M,) int64, the utterance of each masked frame, ascending, filler last;
-             weight (M,) 1 or 0 for filler; n_negatives K, drawn with replacement; n_rows B.
-    Returns: (M, K) int64 indices into the M frames; (M,) bool, False where the utterance has no
-             other masked frame (or for filler), whose indices must not be read.
+    Args:    weight (B, m) 1 for a masked frame, 0 for the filler at each row's end;
+             n_negatives K, drawn with replacement.
+    Returns: (B, m, K) int64 places among the m of the same row; (B, m) bool, False where the
+             utterance has no other masked frame (or for filler), whose places must not be read.
     Source:  wav2vec 2.0 section 3.2, w2v-BERT section 3.2.
     """
-    M = row.shape[0]
+    B, m = weight.shape
     real = weight > 0
-    size = torch.zeros(n_rows, dtype=torch.int64, device=row.device)  # (B,)
-    size.index_add_(0, row, real.long())
-    start = size.cumsum(0) - size  # (B,)
-    size, start = size[row], start[row]  # (M,)
-    others = (size - 1).clamp(min=1)
-    draw = torch.rand(M, n_negatives, device=row.device, dtype=torch.float64)
-    step = 1 + (draw * others[:, None]).long()  # (M, K) in 1..size-1
-    place = torch.arange(M, device=row.device) - start
-    negatives = start[:, None] + (place[:, None] + step) % size.clamp(min=1)[:, None]
-    usable = real & (size > 1)
-    return negatives.masked_fill(~usable[:, None], 0), usable
+    size = real.sum(1)[:, None, None]  # (B, 1, 1)
+    draw = torch.rand(B, m, n_negatives, device=weight.device, dtype=torch.float64)
+    step = 1 + (draw * (size - 1).clamp(min=1)).long()  # (B, m, K) in 1..size-1
+    place = torch.arange(m, device=weight.device)[:, None]
+    negatives = (place + step) % size.clamp(min=1)
+    usable = real & (size[:, 0] > 1)
+    return negatives.masked_fill(~usable[..., None], 0), usable
 
 
 def contrastive(
-    context: Tensor,
-    target: Tensor,
-    negatives: Tensor,
-    usable: Tensor,
-    codes: Tensor | None,
-    reach: int | None = None,
+    context: Tensor, target: Tensor, negatives: Tensor, usable: Tensor, codes: Tensor | None
 ) -> Loss:
     """Tell the true target of a masked frame from K targets of other masked frames.
 
@@ -100,29 +89,31 @@ def contrastive(
     struck out: it could not be told apart, and left in it would make a collapsed codebook look like
     success. A frame without any distractor left counts for nothing. Ties are wrong.
 
-    Args:    context, target (M, D); negatives (M, K) int64 into the M frames; usable (M,) bool;
-             codes (M, G) int64 drawn by the quantizer, or None when the targets have no codebook;
-             reach  no distractor is further from its frame than so many of the M; None: M.
+    Args:    context, target (M, D), row after row; negatives (B, m, K) int64 places in the same
+             row; usable (B, m) bool; codes (M, G) int64 drawn by the quantizer, or None when the
+             targets have no codebook.
     Returns: Loss; its chance is the mean of 1 / (1 + distractors left).
     Source:  wav2vec 2.0 equation 3; striking out, as in its code (fairseq).
     """
     with torch.autocast(context.device.type, enabled=False):
-        context, target = F.normalize(_wide(context), dim=-1), F.normalize(_wide(target), dim=-1)
-        # All pairs within reach once, then K of them picked: (M, 3 reach) numbers instead of the
-        # (M, K, D) of gathered vectors.
-        similarity, first = _similarity(context, target, reach or context.shape[0])
-        frame = torch.arange(context.shape[0], device=context.device)
-        positive = similarity.gather(1, (frame - first)[:, None])  # (M, 1)
-        places = (negatives - first[:, None]).clamp(0, similarity.shape[1] - 1)
-        distractors = similarity.gather(1, places)  # (M, K)
-        struck = ~usable[:, None].expand_as(negatives)
+        rows = negatives.shape[:2]  # (B, m)
+        context = F.normalize(_wide(context), dim=-1).unflatten(0, rows)  # (B, m, D)
+        target = F.normalize(_wide(target), dim=-1).unflatten(0, rows)
+        # All pairs of an utterance once, then K of them picked: (B, m, m) numbers instead of the
+        # (B, m, K, D) of gathered vectors.
+        similarity = context @ target.transpose(1, 2) / CONTRASTIVE_TEMPERATURE  # (B, m, m)
+        positive = similarity.diagonal(dim1=1, dim2=2)[..., None]  # (B, m, 1)
+        distractors = similarity.gather(2, negatives)  # (B, m, K)
+        struck = ~usable[..., None].expand_as(negatives)
         if codes is not None:
-            struck = struck | (codes[negatives] == codes[:, None]).all(-1)
+            codes = codes.unflatten(0, rows)  # (B, m, G)
+            equal = (codes[:, :, None] == codes[:, None]).all(-1)  # (B, m, m)
+            struck = struck | equal.gather(2, negatives)
         distractors = distractors.masked_fill(struck, -torch.inf)
-        left = (~struck).sum(1).to(similarity.dtype)  # (M,)
+        left = (~struck).sum(-1).to(similarity.dtype)  # (B, m)
         counted = (left > 0).to(similarity.dtype)
-        loss = torch.cat([positive, distractors], dim=1).logsumexp(1) - positive[:, 0]  # (M,)
-        correct = (distractors < positive).all(1).to(counted.dtype) * counted
+        loss = torch.cat([positive, distractors], dim=-1).logsumexp(-1) - positive[..., 0]
+        correct = (distractors < positive).all(-1).to(counted.dtype) * counted
         return Loss(
             (loss * counted).sum(),
             counted.sum(),
@@ -130,31 +121,6 @@ def contrastive(
             (counted / (1 + left)).sum(),
             (counted * torch.log1p(left)).sum(),
         )
-
-
-def _similarity(context: Tensor, target: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """Each context (M, D) times the targets (M, D) around it, over the temperature.
-
-    Contexts are cut into blocks of `reach`. A block is multiplied with the targets of itself and of
-    its two neighbours, so that the work grows with M and not with its square.
-
-    Returns: (M, 3 reach) similarities, or (M, M) where that is less; (M,) the frame whose target
-             the first column is, which may be before 0.
-    """
-    M = context.shape[0]
-    if 3 * reach >= M:  # all with all is less
-        similarity = context @ target.T / CONTRASTIVE_TEMPERATURE
-        return similarity, torch.zeros(M, dtype=torch.int64, device=context.device)
-    n_blocks = -(-M // reach)
-    filler = n_blocks * reach - M
-    left = F.pad(context, (0, 0, 0, filler)).unflatten(0, (n_blocks, reach))
-    blocks = F.pad(target, (0, 0, reach, filler + reach)).unflatten(0, (n_blocks + 2, reach))
-    right = torch.cat([blocks[:-2], blocks[1:-1], blocks[2:]], dim=1)  # (n_blocks, 3 reach, D)
-    similarity = (
-        left @ right.transpose(1, 2) / CONTRASTIVE_TEMPERATURE
-    )  # (n_blocks, reach, 3 reach)
-    block = torch.arange(M, device=context.device) // reach
-    return similarity.flatten(0, 1)[:M], (block - 1) * reach
 
 
 def diversity(soft_perplexity: Tensor, n_entries: int, weight: Tensor) -> Loss:

@@ -237,25 +237,25 @@ class SlamPretraining(nn.Module):
     ) -> tuple[dict[str, L.Loss], dict[str, Tensor]]:
         """w2v-BERT on unlabelled speech, or w2v-conformer's contrastive loss alone, at the top."""
         conv, lens = self.encoder.speech.subsample(speech.features, speech.feature_lens)
-        B, T, _ = conv.shape
-        at, weight = speech.masked_index, speech.masked_weight  # (M,)
+        at, weight = speech.masked_index, speech.masked_weight  # (M,), M = B m
+        rows = conv.shape[0], len(at) // conv.shape[0]  # (B, m)
         filled = self.mask_fill(conv, speech.masked, lens)  # (B, T, C)
         context, states = self.encoder.speech.encode(filled, lens)
         top = self.encoder.multimodal(states, lens)  # (B, T, D)
         unmasked = conv.flatten(0, 1)[at]  # (M, C): what was there before the mask
-        negatives = L.sample_negatives(at // T, weight, L.N_NEGATIVES, B)
+        negatives = L.sample_negatives(weight.view(rows), L.N_NEGATIVES)
 
         if self.objectives.speech_objective == "contrastive":
             guess = self.context_project(top.flatten(0, 1)[at])
             target = self.linear_target(unmasked)
-            return {"contrastive": L.contrastive(guess, target, *negatives, None, T)}, {}
+            return {"contrastive": L.contrastive(guess, target, *negatives, None)}, {}
 
         codes = self.quantizer(unmasked, weight)
         guess = self.context_project(context.flatten(0, 1)[at])  # (M, code_dim)
         logits = self.code_head(top.flatten(0, 1)[at])  # (M, G V)
         logits = logits.unflatten(1, codes.ids.shape[1:] + (-1,))  # (M, G, V)
         losses = {
-            "contrastive": L.contrastive(guess, codes.vectors, *negatives, codes.drawn, T),
+            "contrastive": L.contrastive(guess, codes.vectors, *negatives, codes.drawn),
             "diversity": L.diversity(codes.soft_perplexity, codes.hard_counts.numel(), weight),
             "code_mlm": L.code_prediction(logits, codes.ids, weight),
         }
@@ -383,14 +383,15 @@ def evaluate(
 def with_wrong_speech(stream: str, pairs: data.PairBatch) -> data.Batch:
     """The same texts and text masks, each with the speech of the row before it."""
     speech = pairs.speech
-    masked = speech.masked.roll(1, 0)
-    index = masked.flatten().nonzero()[:, 0]
+    B, T = speech.masked.shape
+    m = len(speech.masked_index) // B
     rolled = dataclasses.replace(
         speech,
         features=speech.features.roll(1, 0),
         feature_lens=speech.feature_lens.roll(1, 0),
-        masked=masked,
-        masked_index=torch.nn.functional.pad(index, (0, len(speech.masked_index) - len(index))),
+        masked=speech.masked.roll(1, 0),
+        masked_index=((speech.masked_index + T) % (B * T)).roll(m),
+        masked_weight=speech.masked_weight.roll(m),
     )
     return data.Batch(**{stream: dataclasses.replace(pairs, speech=rolled)})
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class Quantized(NamedTuple):
@@ -29,6 +30,44 @@ class Quantized(NamedTuple):
     # () float32 with gradient, 1..V for each group, summed over groups: for the diversity loss
     soft_perplexity: Tensor
     hard_counts: Tensor  # (G, V) float32: how often each entry is the noise-free argmax
+
+
+def gumbel_like(logits: Tensor) -> Tensor:
+    """Standard Gumbel noise: the largest of logits + noise is a draw from their softmax."""
+    uniform = torch.rand_like(logits).clamp_min_(torch.finfo(logits.dtype).tiny)  # may be exactly 0
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _entries(codebook: Tensor, drawn: Tensor) -> Tensor:
+    """codebook (G, V, d), drawn (M, G) int64 -> (M, G, d)."""
+    return codebook[torch.arange(codebook.shape[0], device=drawn.device), drawn]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The entries that were drawn, though backward takes them for soft @ codebook.
+
+    That is, `soft` gets the gradient that a one-hot choice in its place would have, and an entry
+    that of the frames which drew it. Written as (one_hot + soft - soft.detach()) @ codebook it
+    comes to the same, at the price of more (M, G, V) tensors and a product with nearly all zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, soft: Tensor, codebook: Tensor, drawn: Tensor) -> Tensor:
+        """soft (M, G, V), codebook (G, V, d), drawn (M, G) int64 -> (M, G, d)."""
+        ctx.save_for_backward(codebook, drawn)
+        return _entries(codebook, drawn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """grad (M, G, d)."""
+        codebook, drawn = ctx.saved_tensors
+        G, V, _ = codebook.shape
+        of_soft = torch.einsum("mgd,gvd->mgv", grad, codebook)
+        of_codebook = torch.zeros_like(codebook)
+        entries = drawn + V * torch.arange(G, device=drawn.device)  # (M, G) of G V
+        of_codebook.flatten(0, 1).index_add_(0, entries.flatten(), grad.flatten(0, 1))
+        return of_soft, of_codebook, None
 
 
 class GumbelQuantizer(nn.Module):
@@ -94,15 +133,12 @@ class GumbelQuantizer(nn.Module):
             logits = self.code_logits(features)  # (M, G, V)
             ids = logits.argmax(-1)  # (M, G)
             if self.training:
-                tiny = torch.finfo(logits.dtype).tiny  # an exponential sample may be exactly 0
-                noise = -torch.empty_like(logits).exponential_().clamp_min(tiny).log()
-                soft = ((logits + noise) / self.temperature.to(logits.dtype)).softmax(-1)
+                soft = (logits + gumbel_like(logits)) / self.temperature.to(logits.dtype)
+                soft = soft.softmax(-1)
                 drawn = soft.argmax(-1)
-                # Straight-through: the bracket is exactly zero.
-                one_hot = F.one_hot(drawn, V) + (soft - soft.detach())
+                vectors = _StraightThrough.apply(soft, self.codebook, drawn)  # (M, G, d)
             else:
-                drawn, one_hot = ids, F.one_hot(ids, V).to(logits.dtype)
-            vectors = torch.einsum("mgv,gvd->mgd", one_hot, self.codebook)
+                drawn, vectors = ids, _entries(self.codebook, ids)
             vectors = vectors.flatten(1)  # (M, code_dim)
             # Diversity counts every masked frame once, by the plain softmax, without noise or
             # temperature.

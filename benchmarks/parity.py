@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -293,17 +294,22 @@ def check_quantizer(G: int, V: int, code_dim: int) -> Iterator[Check]:
         parts = vectors.detach().view(B * T, G, -1).transpose(0, 1)  # (G, M, code_dim/G)
         return torch.cdist(parts, rows).argmin(-1).T
 
+    def their_noise(logits: Tensor) -> Tensor:
+        """As torch's gumbel_softmax draws it, so that one seed gives both the same."""
+        return -torch.empty_like(logits).exponential_().log()
+
     name, size = hugging("Wav2Vec2GumbelVectorQuantizer"), f"{G} x {V}"
     for mode in ("eval", "train"):
         ours.train(mode == "train")
         theirs.train(mode == "train")
         torch.manual_seed(3)
-        mine = ours(features.view(B * T, C), weight.flatten().float())
+        with mock.patch.object(quantizer, "gumbel_like", their_noise):
+            mine = ours(features.view(B * T, C), weight.flatten().float())
         torch.manual_seed(3)
         vectors, perplexity = theirs(normed, weight)
         label = f"quantizer {size}, {mode}"
         moved = int((mine.drawn != mine.ids).sum())
-        note = f"same seed, temperature 2; the noise moved {moved} of {mine.ids.numel()} codes"
+        note = f"same noise, temperature 2; it moved {moved} of {mine.ids.numel()} codes"
         note = note if mode == "train" else ""
         yield compared(f"{label}, codes", name, mine.drawn, codes(vectors), 0.0, note)
         yield compared(f"{label}, vectors", name, mine.vectors.view(B, T, -1), vectors, FP32)
@@ -336,21 +342,21 @@ def check_contrastive() -> Iterator[Check]:
     from transformers import Wav2Vec2ForPreTraining
 
     torch.manual_seed(4)
-    B, per_row, D, V, K = 4, 30, 64, 12, losses.N_NEGATIVES
-    M = B * per_row
-    row = torch.arange(B).repeat_interleave(per_row)
+    B, m, D, V = 4, 30, 64, 12
+    M = B * m
     codes = torch.randint(V, (M, 1))
-    codes[row == 3] = 5  # the last utterance has collapsed: each negative equals its positive
-    negatives, usable = losses.sample_negatives(row, torch.ones(M), K, B)
+    codes[-m:] = 5  # the last utterance has collapsed: each negative equals its positive
+    negatives, usable = losses.sample_negatives(torch.ones(B, m), losses.N_NEGATIVES)
     codes[1] = codes[0]
-    negatives[0, 0] = 1  # one equal negative by hand, whatever the draw brought
+    negatives[0, 0, 0] = 1  # one equal negative by hand, whatever the draw brought
     codebook = torch.randn(V, D)
     context, target = torch.randn(M, D), codebook[codes[:, 0]]
     inputs = [x.clone().requires_grad_() for x in (context, target, context, target)]
 
     mine = losses.contrastive(inputs[0], inputs[1], negatives, usable, codes)
     context, target = inputs[2:]
-    others = target[negatives].transpose(0, 1)  # (K, M, D)
+    flat = (negatives + m * torch.arange(B)[:, None, None]).flatten(0, 1)  # (M, K)
+    others = target[flat].transpose(0, 1)  # (K, M, D)
     logits = Wav2Vec2ForPreTraining.compute_contrastive_logits(
         target[None], others, context, losses.CONTRASTIVE_TEMPERATURE
     )  # (1 + K, M)
@@ -410,9 +416,10 @@ def check_wav2vec2() -> Iterator[Check]:
     negatives = place[sampled[masked]]  # (M, K)
     if not masked.flatten()[sampled[masked]].all():
         raise ValueError("transformers drew a negative from a frame that is not masked")
-    usable = torch.ones(len(negatives), dtype=torch.bool)
+    usable = torch.ones(1, len(negatives), dtype=torch.bool)
     states, quantized = out.projected_states[masked], out.projected_quantized_states[masked]
-    mine = losses.contrastive(states, quantized, negatives, usable, codes)
+    # As one row, whose places are all of the M: theirs has unequally many in each.
+    mine = losses.contrastive(states, quantized, negatives[None], usable, codes)
     struck = (codes[negatives] == codes[:, None]).all(-1).double().mean().item()
     name = hugging("Wav2Vec2ForPreTraining.forward")
     note = f"{mine.sum.item():.3f} over {len(negatives)} frames; {struck:.1%} of negatives equal"

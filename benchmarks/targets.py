@@ -83,7 +83,7 @@ class Ours:
     def __init__(self, shape: Shape, inputs: Inputs) -> None:
         self.shape, self.inputs, batch = shape, inputs, inputs.batch
         self.module = quantizer.GumbelQuantizer(C, *shape[2:], (2.0, 0.999995, 0.1))
-        self.row, self.weight = batch.masked_index // shape.T, batch.masked_weight
+        self.weight = batch.masked_weight
         with torch.no_grad():
             self.ready = self.quantize()
         self.drawn = self.negatives()
@@ -92,7 +92,7 @@ class Ours:
         return self.module(masked_only(self.inputs)[0], self.weight)
 
     def negatives(self) -> tuple[Tensor, Tensor]:
-        return losses.sample_negatives(self.row, self.weight, K, self.shape.B)
+        return losses.sample_negatives(self.weight.view(self.shape.B, -1), K)
 
     def loss(self, codes: quantizer.Quantized, drawn: tuple[Tensor, Tensor]) -> Tensor:
         context = masked_only(self.inputs)[1]

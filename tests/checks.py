@@ -62,16 +62,24 @@ def _span_masks(lens: Tensor, length: int, start: int, share: float) -> Tensor:
 
 
 def flat_index(masked: Tensor, n_filler: int) -> tuple[Tensor, Tensor]:
-    """(B, T) bool -> flat places of the True ones, with filler at the end; and their weights."""
-    index = masked.flatten().nonzero()[:, 0]
-    filler = torch.zeros(n_filler, dtype=torch.int64)
-    return torch.cat([index, filler]), torch.cat([torch.ones(len(index)), torch.zeros(n_filler)])
+    """(B, T) bool -> flat places of the True ones, equally many a row; and their weights.
+
+    The row with most of them has n_filler fillers, the others more.
+    """
+    T, sizes = masked.shape[1], masked.sum(1)
+    m = int(sizes.max()) + n_filler
+    # By a stable sort, places of True come first.
+    places = (~masked).to(torch.int8).argsort(dim=1, stable=True)
+    places = torch.cat([places, places.new_zeros(len(masked), m)], dim=1)[:, :m]  # (B, m)
+    weight = conformer.valid_mask(sizes, m)
+    index = places * weight + T * torch.arange(len(masked))[:, None]
+    return index.flatten(), weight.flatten().float()
 
 
 def speech_batch(
     frames: tuple[int, ...] = (72, 50), seed: int = 0, start: int = 3, share: float = 0.4
 ):
-    """Random features; one masked run a row; three fillers."""
+    """Random features; one masked run a row; three fillers or more."""
     generator = torch.Generator().manual_seed(seed)
     lens = torch.tensor(frames)
     features = 2 * torch.randn(len(frames), max(frames), N_MELS, generator=generator) - 1
@@ -82,7 +90,7 @@ def speech_batch(
 
 
 def text_batch(lens: tuple[int, ...] = (12, 9), vocab_size: int = 40, first: int = N_SPECIAL):
-    """[CLS] and tokens that are all different; a masked run, all of it [MASK]; three fillers."""
+    """[CLS] and tokens that are all different; a masked run, all of it [MASK]; fillers."""
     n, longest = torch.tensor(lens), max(lens)
     clean = torch.full((len(lens), longest), PAD_ID)
     for b, length in enumerate(lens):
@@ -285,32 +293,41 @@ def check_negatives(module: ModuleType, n_negatives: int = 200) -> None:
     masked = torch.zeros(B, T, dtype=torch.bool)
     for b, frames in enumerate(([1, 2, 5, 6, 11], [4], [0, 3, 7], [], [2, 3, 8, 9, 10, 11])):
         masked[b, frames] = True
-    index, weight = flat_index(masked, 4)
-    negatives, usable = module.sample_negatives(index // T, weight, n_negatives, B)
-    assert negatives.shape == (len(index), n_negatives) and negatives.dtype == torch.int64
-    assert usable.tolist() == [True] * 5 + [False] + [True] * 9 + [False] * 4
-    for m in usable.nonzero()[:, 0].tolist():
-        row, frame = index[m] // T, index[m] % T
-        drawn = negatives[m]
-        assert bool((weight[drawn] == 1).all()), "filler was drawn"
-        rows, frames = index[drawn] // T, index[drawn] % T
-        assert bool(
-            (rows == row).all()
-        ), f"row {int(row)} has distractors of rows {rows.unique().tolist()}"
-        assert bool(masked[rows, frames].all()), "a distractor is not a masked frame"
+    index, weight = flat_index(masked, 1)
+    weight = weight.view(B, -1)
+    at = index.view(B, -1) % T  # (B, m) frames
+    negatives, usable = module.sample_negatives(weight, n_negatives)
+    assert negatives.shape == (*weight.shape, n_negatives) and negatives.dtype == torch.int64
+    assert usable.sum(1).tolist() == [5, 0, 3, 0, 6] and torch.equal(usable, usable & (weight > 0))
+    assert 0 <= int(negatives.min()) and int(negatives.max()) < weight.shape[1]
+    for row, place in usable.nonzero().tolist():
+        drawn = negatives[row, place]
+        assert bool((weight[row, drawn] == 1).all()), "filler was drawn"
+        frames, frame = at[row, drawn], int(at[row, place])
         assert bool((frames != frame).all()), "the positive was drawn as a distractor"
-        others = set(masked[row].nonzero()[:, 0].tolist()) - {int(frame)}
+        others = set(masked[row].nonzero()[:, 0].tolist()) - {frame}
         assert set(frames.tolist()) == others, "not every other masked frame is ever drawn"
+
+
+def check_distractors_are_of_the_same_utterance(module: ModuleType) -> None:
+    """What another utterance holds changes nothing."""
+    torch.manual_seed(0)
+    context, target = torch.randn(2, 8, 6)
+    usable = torch.tensor([[True] * 4, [False] * 4])
+    negatives, _ = module.sample_negatives(torch.ones(2, 4), 5)
+    alone = module.contrastive(context[:4], target[:4], negatives[:1], usable[:1], None)
+    for other in (target[4:], 100 * torch.randn(4, 6)):
+        both = torch.cat([target[:4], other])
+        loss = module.contrastive(context, both, negatives, usable, None)
+        assert abs(float(loss.sum) - float(alone.sum)) < 1e-5, "another utterance is read"
 
 
 def check_equal_codes_are_struck_out(module: ModuleType) -> None:
     """A distractor with the positive's codes cannot count: equal codes have count 0 and loss 0."""
     torch.manual_seed(0)
     context, target = torch.randn(4, 6), torch.randn(1, 6).expand(4, 6)
-    negatives, usable = (
-        torch.tensor([[1, 2], [2, 3], [3, 0], [0, 1]]),
-        torch.ones(4, dtype=torch.bool),
-    )
+    negatives = torch.tensor([[[1, 2], [2, 3], [3, 0], [0, 1]]])
+    usable = torch.ones(1, 4, dtype=torch.bool)
     collapsed = module.contrastive(
         context, target, negatives, usable, torch.zeros(4, 1, dtype=torch.int64)
     )
@@ -323,7 +340,7 @@ def check_equal_codes_are_struck_out(module: ModuleType) -> None:
         context, target, negatives, usable, torch.tensor([[0], [0], [1], [2]])
     )
     cosine = torch.nn.functional.cosine_similarity(context[0], target[[0, 2]]) / 0.1
-    only = module.contrastive(context, target, negatives, torch.tensor([True, False, False, False]),
+    only = module.contrastive(context, target, negatives, torch.tensor([[True, False, False, False]]),
                               torch.tensor([[0], [0], [1], [2]]))  # fmt: skip
     assert abs(float(only.sum) - float(cosine.logsumexp(0) - cosine[0])) < 1e-5
     assert abs(float(kept.blind_correct) - (1 / 2 + 3 * 1 / 3)) < 1e-6

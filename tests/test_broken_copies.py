@@ -89,14 +89,14 @@ FAULTS = {
     # quantizer
     "mixture instead of one entry": Fault(
         "quantizer",
-        "one_hot = F.one_hot(drawn, V) + (soft - soft.detach())",
-        "one_hot = soft",
+        "        return _entries(codebook, drawn)\n",
+        '        return torch.einsum("mgv,gvd->mgd", soft, codebook)\n',
         checks.check_vectors_are_codebook_rows,
     ),
     "no gradient through the draw": Fault(
         "quantizer",
-        "one_hot = F.one_hot(drawn, V) + (soft - soft.detach())",
-        "one_hot = F.one_hot(drawn, V).to(soft.dtype)",
+        "_StraightThrough.apply(soft, self.codebook, drawn)",
+        "_entries(self.codebook, drawn)",
         checks.check_vectors_are_codebook_rows,
     ),
     "temperature counts forward passes": Fault(
@@ -124,34 +124,34 @@ FAULTS = {
         checks.check_ids_are_free_of_noise,
     ),
     # losses
-    "negatives' rows are offset by one frame less": Fault(
-        "losses",
-        "    start = size.cumsum(0) - size  # (B,)\n",
-        "    start = ((size - 1).cumsum(0) - (size - 1)).clamp(min=0)  # (B,)\n",
-        checks.check_negatives,
-    ),
     "the positive is among its negatives": Fault(
         "losses",
-        "step = 1 + (draw * others[:, None]).long()",
-        "step = (draw * (others[:, None] + 1)).long()",
-        checks.check_negatives,
-    ),
-    "negatives from the whole batch": Fault(
-        "losses",
-        "    size, start = size[row], start[row]  # (M,)\n",
-        "    size, start = real.sum().expand(M), torch.zeros_like(row)\n",
+        "step = 1 + (draw * (size - 1).clamp(min=1)).long()",
+        "step = (draw * size).long()",
         checks.check_negatives,
     ),
     "filler is drawn": Fault(
         "losses",
-        "index_add_(0, row, real.long())",
-        "index_add_(0, row, torch.ones_like(row))",
+        "size = real.sum(1)[:, None, None]",
+        "size = torch.ones_like(real).sum(1)[:, None, None]",
         checks.check_negatives,
+    ),
+    "the last of the others is never drawn": Fault(
+        "losses",
+        "(draw * (size - 1).clamp(min=1))",
+        "(draw * (size - 2).clamp(min=1))",
+        checks.check_negatives,
+    ),
+    "negatives from another utterance": Fault(
+        "losses",
+        "similarity = context @ target.transpose(1, 2)",
+        "similarity = context @ target.roll(1, 0).transpose(1, 2)",
+        checks.check_distractors_are_of_the_same_utterance,
     ),
     "equal codes stay in": Fault(
         "losses",
-        "    if codes is not None:\n            struck",
-        "    if False:\n            struck",
+        "        if codes is not None:\n",
+        "        if False:\n",
         checks.check_equal_codes_are_struck_out,
     ),
     "diversity is not scaled by the frames": Fault(

@@ -340,6 +340,35 @@ def test_masked_group_norm_of_bf16_is_computed_in_float32():
     assert out.dtype == torch.bfloat16 and apart(out.float(), norm(x.float(), valid)) < 2e-2
 
 
+@pytest.mark.parametrize("p_drop", [0.0, 0.3])
+def test_attention_spelled_out_is_torchs(p_drop):
+    """Values and gradients in float64. With dropout: the mean over many draws, as torch's has it."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 7, 4, dtype=torch.float64, requires_grad=True).unbind()
+    keys = (torch.arange(7) < torch.tensor([7, 4])[:, None])[:, None, None]
+    ours = conformer._attention(q, k, v, keys, 0.0)
+    torchs = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+    assert apart(ours, torchs) < 1e-12
+    pull = torch.randn_like(ours)
+    for one, two in zip(*(torch.autograd.grad(o, (q, k, v), pull) for o in (ours, torchs))):
+        assert apart(one, two) < 1e-12
+    draws = torch.stack([conformer._attention(q, k, v, keys, p_drop) for _ in range(4000)])
+    assert apart(draws.mean(0), torchs) < 0.1
+    assert bool(draws.std(0).any()) == (p_drop > 0)
+
+
+def test_a_block_in_bf16_is_near_itself_in_fp32_and_reads_no_padding():
+    """On a CPU bf16 has an attention of its own."""
+    torch.manual_seed(0)
+    block, x = ruffled(conformer.ConformerBlock(micro_config())).eval(), torch.randn(2, 9, 32)
+    valid = conformer.valid_mask(torch.tensor([9, 5]), 9)
+    junk = torch.where(valid[..., None], x, 1e3)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bf16, with_junk = block(x, valid), block(junk, valid)
+    assert torch.equal(in_bf16[valid], with_junk[valid])
+    assert apart(in_bf16[valid].float(), block(x, valid)[valid]) < 5e-2
+
+
 def test_the_second_half_of_the_pointwise_projection_is_the_gate():
     """As torch's GLU has it; Lingvo gates with the first half."""
     torch.manual_seed(0)

@@ -806,14 +806,14 @@ def test_masks_lie_on_valid_frames_and_flat_indices_say_the_same(stream):
             valid = torch.arange(speech.masked.shape[1]) < lens[:, None]
             assert not (speech.masked & ~valid).any() and (valid & ~speech.masked).any(1).all()
             assert speech.masked.sum(1).tolist() == [data.mask_budget(int(n), share) for n in lens]
-            n_masked = int(speech.masked_weight.sum())
+            (B, T), real = speech.masked.shape, speech.masked_weight > 0
             assert torch.equal(
-                speech.masked_index[:n_masked], speech.masked.flatten().nonzero()[:, 0]
+                speech.masked_index[real], speech.masked.flatten().nonzero()[:, 0]
             )
-            assert (
-                not speech.masked_weight[n_masked:].any()
-                and not speech.masked_index[n_masked:].any()
-            )
+            assert (speech.masked_index[~real] % T == 0).all()
+            assert torch.equal(speech.masked_weight, real.float())
+            row = torch.arange(B).repeat_interleave(data.mask_budget(T, share))
+            assert torch.equal(speech.masked_index // T, row), "not equally many places a row"
             padding = torch.arange(speech.features.shape[1]) >= speech.feature_lens[:, None]
             assert not speech.features[padding].any() and speech.features[~padding].any()
 
@@ -826,13 +826,12 @@ def test_text_targets_are_the_original_tokens(stream):
         clean = torch.full(batch.tokens.shape, PAD_ID)
         for i, row in enumerate(chosen):
             clean[i, : batch.lens[i]] = torch.from_numpy(rows.tokens(row))
-        n_masked = int(batch.masked_weight.sum())
-        assert torch.equal(batch.targets[:n_masked], clean.flatten()[batch.masked_index[:n_masked]])
-        assert (batch.targets[:n_masked] >= N_SPECIAL).all() and (
-            batch.targets[n_masked:] == PAD_ID
-        ).all()
+        real = batch.masked_weight > 0
+        assert torch.equal(batch.targets[real], clean.flatten()[batch.masked_index[real]])
+        assert (batch.targets[real] >= N_SPECIAL).all()
+        assert (batch.targets[~real] == PAD_ID).all()
         untouched = torch.ones(batch.tokens.numel(), dtype=torch.bool)
-        untouched[batch.masked_index[:n_masked]] = False
+        untouched[batch.masked_index[real]] = False
         assert torch.equal(batch.tokens.flatten()[untouched], clean.flatten()[untouched])
 
 

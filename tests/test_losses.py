@@ -54,26 +54,33 @@ def test_negatives_are_other_masked_frames_of_the_same_row():
 def test_negatives_are_uniform_over_the_others():
     """Chi-square with 4 degrees of freedom: 23.5 has a probability of 1 in 10,000."""
     torch.manual_seed(1)
-    row, weight = torch.tensor([0] * 3 + [1] * 6 + [2] * 2), torch.ones(11)
-    negatives, _ = sample_negatives(row, weight, 20_000, 3)
-    for m in range(3, 9):
-        counts = negatives[m].bincount(minlength=11)[3:9]
-        assert int(counts[m - 3]) == 0
-        others = counts[torch.arange(6) != m - 3].double()
+    weight = torch.arange(8) < torch.tensor([3, 6, 2])[:, None]
+    negatives, _ = sample_negatives(weight.float(), 20_000)
+    for place in range(6):
+        counts = negatives[1, place].bincount(minlength=8)
+        assert int(counts[place]) == 0 and not counts[6:].any()
+        others = counts[:6][torch.arange(6) != place].double()
         assert float(((others - 4000) ** 2 / 4000).sum()) < 23.5
 
 
 def test_rows_of_one_or_no_masked_frame_are_unusable_and_cost_nothing():
-    row, weight = torch.tensor([0, 2, 0, 0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
-    negatives, usable = sample_negatives(row, weight, 10, 3)
-    assert not usable.any() and int(negatives.min()) >= 0 and int(negatives.max()) < 4
-    context = torch.randn(4, 6, requires_grad=True)
-    loss = contrastive(context, torch.randn(4, 6), negatives, usable, None)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    negatives, usable = sample_negatives(weight, 10)
+    assert not usable.any() and int(negatives.min()) >= 0 and int(negatives.max()) < 2
+    context = torch.randn(6, 4, requires_grad=True)
+    loss = contrastive(context, torch.randn(6, 4), negatives, usable, None)
     loss.sum.backward()
     assert float(loss.sum.detach()) == 0 and float(loss.count) == 0
-    assert torch.equal(context.grad, torch.zeros(4, 6))
-    empty = sample_negatives(row, torch.zeros(4), 10, 3)
-    assert not empty[1].any()
+    assert torch.equal(context.grad, torch.zeros(6, 4))
+
+
+def test_rows_of_which_none_can_be_masked_cost_nothing():
+    """A bucket of rows of one encoder frame has m = 0."""
+    negatives, usable = sample_negatives(torch.zeros(3, 0), 10)
+    context = torch.randn(0, 4, requires_grad=True)
+    loss = contrastive(context, torch.randn(0, 4), negatives, usable, None)
+    loss.sum.backward()
+    assert float(loss.sum.detach()) == 0 and float(loss.count) == 0
 
 
 # ------------------------------------------------------------------------------------ contrastive
@@ -81,13 +88,12 @@ def test_rows_of_one_or_no_masked_frame_are_unusable_and_cost_nothing():
 
 def slow_contrastive(context, target, negatives, usable, codes):
     """One frame and one distractor at a time: (sum, count, correct, blind_correct, blind_sum)."""
-    totals = [0.0] * 5
-    for m in range(len(context)):
-        if not usable[m]:
+    totals, (B, size, _) = [0.0] * 5, negatives.shape
+    for b, place in itertools.product(range(B), range(size)):
+        if not usable[b, place]:
             continue
-        kept = [
-            n for n in negatives[m].tolist() if codes is None or not torch.equal(codes[n], codes[m])
-        ]
+        m, others = b * size + place, (b * size + negatives[b, place]).tolist()
+        kept = [n for n in others if codes is None or not torch.equal(codes[n], codes[m])]
         if not kept:
             continue
         logits = [
@@ -101,29 +107,27 @@ def slow_contrastive(context, target, negatives, usable, codes):
     return totals
 
 
-@pytest.mark.parametrize("reach", [None, 12, 25])
 @pytest.mark.parametrize("G", [None, 1, 2])
-def test_contrastive_equals_a_slow_loop(G, reach):
+def test_contrastive_equals_a_slow_loop(G):
     torch.manual_seed(0)
-    row = torch.tensor([0] * 9 + [1] * 1 + [2] * 12 + [3] * 12 + [4] * 4 + [0] * 3)
-    weight = torch.tensor([1.0] * 38 + [0.0] * 3)
-    target = torch.randn(41, 8, dtype=torch.float64)
-    context = target + torch.randn(41, 8, dtype=torch.float64)
-    codes = None if G is None else torch.randint(0, 3, (41, G))
-    negatives, usable = sample_negatives(row, weight, 6, 5)
-    loss = contrastive(context, target, negatives, usable, codes, reach)
+    weight = (torch.arange(12) < torch.tensor([9, 1, 12, 11, 4])[:, None]).float()
+    target = torch.randn(60, 8, dtype=torch.float64)
+    context = target + torch.randn(60, 8, dtype=torch.float64)
+    codes = None if G is None else torch.randint(0, 3, (60, G))
+    negatives, usable = sample_negatives(weight, 6)
+    loss = contrastive(context, target, negatives, usable, codes)
     for value, expected in zip(
         loss[:5], slow_contrastive(context, target, negatives, usable, codes), strict=True
     ):
         assert close(value, expected, 1e-9)
     assert (
-        0 < float(loss.correct) < float(loss.count) == 37 if G is None else float(loss.count) <= 37
+        0 < float(loss.correct) < float(loss.count) == 36 if G is None else float(loss.count) <= 36
     )
 
 
 def test_contrastive_gradient_equals_finite_differences():
     torch.manual_seed(0)
-    negatives, usable = sample_negatives(torch.tensor([0] * 5), torch.ones(5), 4, 1)
+    negatives, usable = sample_negatives(torch.ones(1, 5), 4)
     codes = torch.tensor([[0], [1], [0], [2], [3]])
     context, target = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(
@@ -136,7 +140,7 @@ def test_distractors_with_the_positives_codes_are_struck_out():
 
 
 def test_one_of_two_equal_codebooks_does_not_strike_out():
-    negatives, usable = torch.tensor([[1], [0]]), torch.ones(2, dtype=torch.bool)
+    negatives, usable = torch.tensor([[[1], [0]]]), torch.ones(1, 2, dtype=torch.bool)
     context, target = torch.randn(2, 4), torch.randn(2, 4)
     half = contrastive(context, target, negatives, usable, torch.tensor([[0, 1], [0, 2]]))
     whole = contrastive(context, target, negatives, usable, torch.tensor([[0, 1], [0, 1]]))
@@ -145,7 +149,7 @@ def test_one_of_two_equal_codebooks_does_not_strike_out():
 
 def test_ties_are_wrong():
     """A constant context against constant targets is no success."""
-    negatives, usable = torch.tensor([[1, 2], [2, 0], [0, 1]]), torch.ones(3, dtype=torch.bool)
+    negatives, usable = torch.tensor([[[1, 2], [2, 0], [0, 1]]]), torch.ones(1, 3, dtype=torch.bool)
     loss = contrastive(
         torch.ones(3, 4), torch.ones(3, 4), negatives, usable, torch.arange(3)[:, None]
     )
@@ -155,9 +159,7 @@ def test_ties_are_wrong():
 def test_contrastive_chance_is_that_of_a_guess_among_those_left():
     torch.manual_seed(0)
     context, target = torch.randn(2, 2000, 16).unbind(0)
-    negatives, usable = sample_negatives(
-        torch.zeros(2000, dtype=torch.int64), torch.ones(2000), 9, 1
-    )
+    negatives, usable = sample_negatives(torch.ones(1, 2000), 9)
     loss = contrastive(context, target, negatives, usable, None)
     assert close(loss.blind_correct, 200) and close(loss.blind_sum, 2000 * math.log(10))
     assert abs(float(loss.correct) - 200) < 5 * math.sqrt(2000 * 0.1 * 0.9)
@@ -167,7 +169,7 @@ def test_contrastive_chance_is_that_of_a_guess_among_those_left():
 
 def test_contrastive_does_not_care_for_length_only_for_direction():
     context, target = torch.randn(4, 6), torch.randn(4, 6)
-    negatives, usable = sample_negatives(torch.zeros(4, dtype=torch.int64), torch.ones(4), 5, 1)
+    negatives, usable = sample_negatives(torch.ones(1, 4), 5)
     a = contrastive(context, target, negatives, usable, None)
     b = contrastive(100 * context, 0.01 * target, negatives, usable, None)
     assert close(a.sum, float(b.sum), 1e-4)
@@ -192,14 +194,13 @@ def test_the_same_frames_twice_double_the_diversity_sum():
 def test_the_same_frames_twice_double_the_cross_entropies():
     torch.manual_seed(0)
     context, target = torch.randn(2, 6, 8).unbind(0)
-    row = torch.tensor([0, 0, 0, 1, 1, 1])
-    negatives, usable = sample_negatives(row, torch.ones(6), 5, 2)
+    negatives, usable = sample_negatives(torch.ones(2, 3), 5)
     once = contrastive(context, target, negatives, usable, None)
     twice = contrastive(
         context.repeat(2, 1),
         target.repeat(2, 1),
-        torch.cat([negatives, negatives + 6]),
-        usable.repeat(2),
+        negatives.repeat(2, 1, 1),
+        usable.repeat(2, 1),
         None,
     )
     logits, ids = torch.randn(6, 2, 7), torch.randint(0, 7, (6, 2))
@@ -365,8 +366,8 @@ def every_loss(x: dict[str, torch.Tensor]) -> dict[str, losses.Loss]:
 
 def random_inputs(seed: int, scale: float) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    row, weight = torch.tensor([0] * 9 + [1] * 7 + [0] * 2), torch.tensor([1.0] * 16 + [0.0] * 2)
-    negatives, usable = sample_negatives(row, weight, 8, 2)
+    weight = torch.tensor([1.0] * 9 + [1.0] * 7 + [0.0] * 2)  # the second row has 7
+    negatives, usable = sample_negatives(weight.view(2, 9), 8)
     return {
         "context": scale * torch.randn(18, 24), "target": scale * torch.randn(18, 24),
         "negatives": negatives, "usable": usable, "weight": weight,
@@ -419,7 +420,7 @@ def test_float64_inputs_are_not_rounded_to_float32():
 def test_a_count_of_zero_gives_a_zero_connected_to_the_graph():
     x = random_inputs(0, 1.0)
     x |= {
-        "usable": torch.zeros(18, dtype=torch.bool), "weight": torch.zeros(18),
+        "usable": torch.zeros(2, 9, dtype=torch.bool), "weight": torch.zeros(18),
         "lens": torch.tensor([1, 2]),
         "match": torch.zeros(0), "label": torch.zeros(0, dtype=torch.int64),
     }  # fmt: skip
@@ -451,7 +452,7 @@ def test_a_count_of_zero_gives_a_zero_connected_to_the_graph():
 
 def test_equal_codes_everywhere_are_zero_and_connected():
     context = torch.randn(6, 4, requires_grad=True)
-    negatives, usable = sample_negatives(torch.zeros(6, dtype=torch.int64), torch.ones(6), 5, 1)
+    negatives, usable = sample_negatives(torch.ones(1, 6), 5)
     loss = contrastive(
         context, torch.randn(6, 4), negatives, usable, torch.zeros(6, 1, dtype=torch.int64)
     )
@@ -471,8 +472,8 @@ def test_a_collapsing_codebook_lowers_the_perplexity_and_raises_the_alarm():
         torch.randn(400, 24),
         torch.ones(400),
     )
-    seen, row = {}, torch.arange(8).repeat_interleave(50)
-    negatives, usable = sample_negatives(row, weight, 20, 8)
+    seen = {}
+    negatives, usable = sample_negatives(weight.view(8, 50), 20)
     for bias in (0.0, 5.0, 10.0, 1e4):
         with torch.no_grad():
             module.logits.bias[3] = bias

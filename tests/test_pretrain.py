@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch import Tensor
 import whole_runs
 from whole_runs import (
     assert_same_tensors,
@@ -673,25 +674,25 @@ def faint(self, conv, masked, lens):
     return conv * ~masked[..., None]
 
 
+def rows_of_masks(index: Tensor, length: int, rows: list[int], *others: Tensor) -> list[Tensor]:
+    """Flat places (M,) of some rows, and what goes with them."""
+    m = len(index) // (1 + int(index.max()) // length)  # filler points to its row, too
+    its = torch.cat([torch.arange(row * m, (row + 1) * m) for row in rows])
+    first = length * torch.arange(len(rows)).repeat_interleave(m)
+    return [index[its] % length + first, *(other[its] for other in others)]
+
+
 def rows_of_text(text: data.TextBatch, rows: list[int]) -> data.TextBatch:
     """Some rows of a batch, in any order and number, each with its own masks."""
-    U = text.tokens.shape[1]
-    parts = [
-        ((text.masked_index // U == row) & (text.masked_weight > 0)).nonzero()[:, 0] for row in rows
-    ]
-    at = torch.cat(parts)
-    place = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)])
-    index = text.masked_index[at] % U + place * U
-    return data.TextBatch(
-        text.tokens[rows], text.lens[rows], index, text.masked_weight[at], text.targets[at]
-    )
+    others = text.masked_weight, text.targets
+    masks = rows_of_masks(text.masked_index, text.tokens.shape[1], rows, *others)
+    return data.TextBatch(text.tokens[rows], text.lens[rows], *masks)
 
 
 def rows_of_speech(speech: data.SpeechBatch, rows: list[int]) -> data.SpeechBatch:
-    masked = speech.masked[rows]
-    index = masked.flatten().nonzero()[:, 0]
+    masks = rows_of_masks(speech.masked_index, speech.masked.shape[1], rows, speech.masked_weight)
     return data.SpeechBatch(
-        speech.features[rows], speech.feature_lens[rows], masked, index, torch.ones(len(index))
+        speech.features[rows], speech.feature_lens[rows], speech.masked[rows], *masks
     )
 
 
