@@ -109,6 +109,11 @@ class Objectives:
         return names
 
 
+def pick(x: Tensor, at: Tensor) -> Tensor:
+    """Positions `at` (M,) of the flattened (B, L, D) -> (M, D); its gradient waits for no sorting."""
+    return x.flatten(0, 1).index_select(0, at)
+
+
 class SlamPretraining(nn.Module):
     """The encoder, the quantizer and one head an objective.
 
@@ -242,17 +247,17 @@ class SlamPretraining(nn.Module):
         filled = self.mask_fill(conv, speech.masked, lens)  # (B, T, C)
         context, states = self.encoder.speech.encode(filled, lens)
         top = self.encoder.multimodal(states, lens)  # (B, T, D)
-        unmasked = conv.flatten(0, 1)[at]  # (M, C): what was there before the mask
+        unmasked = pick(conv, at)  # (M, C): what was there before the mask
         negatives = L.sample_negatives(weight.view(rows), L.N_NEGATIVES)
 
         if self.objectives.speech_objective == "contrastive":
-            guess = self.context_project(top.flatten(0, 1)[at])
+            guess = self.context_project(pick(top, at))
             target = self.linear_target(unmasked)
             return {"contrastive": L.contrastive(guess, target, *negatives, None)}, {}
 
         codes = self.quantizer(unmasked, weight)
-        guess = self.context_project(context.flatten(0, 1)[at])  # (M, code_dim)
-        logits = self.code_head(top.flatten(0, 1)[at])  # (M, G V)
+        guess = self.context_project(pick(context, at))  # (M, code_dim)
+        logits = self.code_head(pick(top, at))  # (M, G V)
         logits = logits.unflatten(1, codes.ids.shape[1:] + (-1,))  # (M, G, V)
         losses = {
             "contrastive": L.contrastive(guess, codes.vectors, *negatives, codes.drawn),
@@ -269,7 +274,7 @@ class SlamPretraining(nn.Module):
     def text_losses(self, text: data.TextBatch) -> dict[str, L.Loss]:
         """Span-masked LM; the vocabulary softmax runs on masked positions only."""
         top = self.encoder.multimodal(self.encoder.text(text.tokens), text.lens)  # (B, U, D)
-        logits = self.text_head(top.flatten(0, 1)[text.masked_index])  # (M, V)
+        logits = self.text_head(pick(top, text.masked_index))  # (M, V)
         loss = L.token_prediction(logits, text.targets, text.masked_weight, self.unigram)
         return {"span_lm": loss}
 
@@ -327,12 +332,13 @@ class SlamPretraining(nn.Module):
         Only of true texts, which are the first B rows of `top`.
         """
         speech, text = pairs.speech, pairs.text
-        T, U, length, flat = conv.shape[1], text.tokens.shape[1], top.shape[1], top.flatten(0, 1)
+        T, U, length = conv.shape[1], text.tokens.shape[1], top.shape[1]
         row, place = speech.masked_index // T, speech.masked_index % T
-        ids = self.quantizer.name(conv.flatten(0, 1)[speech.masked_index])  # (M, G)
-        code_logits = self.code_head(flat[row * length + place]).unflatten(1, ids.shape[1:] + (-1,))
+        ids = self.quantizer.name(pick(conv, speech.masked_index))  # (M, G)
+        code_logits = self.code_head(pick(top, row * length + place))
+        code_logits = code_logits.unflatten(1, ids.shape[1:] + (-1,))  # (M, G, V)
         row, place = text.masked_index // U, text.masked_index % U
-        token_logits = self.text_head(flat[row * length + text_start[row] + place])
+        token_logits = self.text_head(pick(top, row * length + text_start[row] + place))
         targets, weight = text.targets, text.masked_weight
         return {
             "tlm_text": L.token_prediction(token_logits, targets, weight, self.unigram),

@@ -68,6 +68,16 @@ def test_the_warm_up_is_not_timed_and_a_slow_case_is_slow(timing):
     assert all(0.01 <= seconds < 0.15 for seconds in taken["x"])
 
 
+def test_a_brief_case_runs_once_more_before_its_clock_starts(timing):
+    import time
+
+    waits, slow = iter([0.0, 0.2, 0.01, 0.2, 0.01]), []
+    cases = {"brief": lambda: time.sleep(next(waits)), "slow": lambda: slow.append(time.sleep(0.1))}
+    taken = timing.taking_turns(cases, rounds=2, warm_up=1, brief_s=0.05)
+    assert all(0.01 <= seconds < 0.15 for seconds in taken["brief"])
+    assert len(slow) == 3, "a warm-up and two rounds"
+
+
 def test_a_ratio_is_the_median_of_ratios_within_rounds(timing):
     """Of medians it would be 2 / 2 = 1: a neighbour slowed both down in the last round."""
     taken = {"reference": [1.0, 2.0, 10.0], ("fp32", "x"): [0.5, 4.0, 2.0]}

@@ -268,8 +268,8 @@ FAULTS = {
     # pretrain
     "TLM names masked features": Fault(
         "pretrain",
-        "ids = self.quantizer.name(conv.flatten(0, 1)[speech.masked_index])",
-        "ids = self.quantizer.name(0 * conv.flatten(0, 1)[speech.masked_index])",
+        "ids = self.quantizer.name(pick(conv, speech.masked_index))",
+        "ids = self.quantizer.name(0 * pick(conv, speech.masked_index))",
         checks.check_codes_name_unmasked_speech,
     ),
     "masked features are quantized": Fault(
