@@ -807,9 +807,7 @@ def test_masks_lie_on_valid_frames_and_flat_indices_say_the_same(stream):
             assert not (speech.masked & ~valid).any() and (valid & ~speech.masked).any(1).all()
             assert speech.masked.sum(1).tolist() == [data.mask_budget(int(n), share) for n in lens]
             (B, T), real = speech.masked.shape, speech.masked_weight > 0
-            assert torch.equal(
-                speech.masked_index[real], speech.masked.flatten().nonzero()[:, 0]
-            )
+            assert torch.equal(speech.masked_index[real], speech.masked.flatten().nonzero()[:, 0])
             assert (speech.masked_index[~real] % T == 0).all()
             assert torch.equal(speech.masked_weight, real.float())
             row = torch.arange(B).repeat_interleave(data.mask_budget(T, share))
