@@ -110,7 +110,10 @@ class Objectives:
 
 
 def pick(x: Tensor, at: Tensor) -> Tensor:
-    """Positions `at` (M,) of the flattened (B, L, D) -> (M, D); its gradient waits for no sorting."""
+    """Positions `at` (M,) of the flattened (B, L, D) -> (M, D).
+
+    The gradient of x[at] would be added up one after the other, that of index_select is not.
+    """
     return x.flatten(0, 1).index_select(0, at)
 
 

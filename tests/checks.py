@@ -340,8 +340,8 @@ def check_equal_codes_are_struck_out(module: ModuleType) -> None:
         context, target, negatives, usable, torch.tensor([[0], [0], [1], [2]])
     )
     cosine = torch.nn.functional.cosine_similarity(context[0], target[[0, 2]]) / 0.1
-    only = module.contrastive(context, target, negatives, torch.tensor([[True, False, False, False]]),
-                              torch.tensor([[0], [0], [1], [2]]))  # fmt: skip
+    first = torch.tensor([[True, False, False, False]])
+    only = module.contrastive(context, target, negatives, first, torch.tensor([[0], [0], [1], [2]]))
     assert abs(float(only.sum) - float(cosine.logsumexp(0) - cosine[0])) < 1e-5
     assert abs(float(kept.blind_correct) - (1 / 2 + 3 * 1 / 3)) < 1e-6
 

@@ -342,7 +342,7 @@ def test_masked_group_norm_of_bf16_is_computed_in_float32():
 
 @pytest.mark.parametrize("p_drop", [0.0, 0.3])
 def test_attention_spelled_out_is_torchs(p_drop):
-    """Values and gradients in float64. With dropout: the mean over many draws, as torch's has it."""
+    """Values and gradients in float64; with dropout the mean over many draws."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 7, 4, dtype=torch.float64, requires_grad=True).unbind()
     keys = (torch.arange(7) < torch.tensor([7, 4])[:, None])[:, None, None]

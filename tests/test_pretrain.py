@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch import Tensor
 import whole_runs
+from torch import Tensor
 from whole_runs import (
     assert_same_tensors,
     dev_metrics_of,
