@@ -274,8 +274,8 @@ FAULTS = {
     ),
     "masked features are quantized": Fault(
         "pretrain",
-        "unmasked = conv.flatten(0, 1)[at]",
-        "unmasked = self.mask_fill(conv, speech.masked, lens).flatten(0, 1)[at]",
+        "unmasked = pick(conv, at)",
+        "unmasked = pick(self.mask_fill(conv, speech.masked, lens), at)",
         checks.check_codes_name_unmasked_speech,
     ),
 }
