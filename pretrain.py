@@ -260,12 +260,10 @@ class SlamPretraining(nn.Module):
 
         codes = self.quantizer(unmasked, weight)
         guess = self.context_project(pick(context, at))  # (M, code_dim)
-        logits = self.code_head(pick(top, at))  # (M, G V)
-        logits = logits.unflatten(1, codes.ids.shape[1:] + (-1,))  # (M, G, V)
         losses = {
             "contrastive": L.contrastive(guess, codes.vectors, *negatives, codes.drawn),
             "diversity": L.diversity(codes.soft_perplexity, codes.hard_counts.numel(), weight),
-            "code_mlm": L.code_prediction(logits, codes.ids, weight),
+            "code_mlm": L.code_prediction(self.code_logits(pick(top, at)), codes.ids, weight),
         }
         one = torch.ones_like(codes.soft_perplexity)
         return losses, {
@@ -273,6 +271,10 @@ class SlamPretraining(nn.Module):
             "soft_perplexity": codes.soft_perplexity,
             "soft_perplexity_n": one * codes.hard_counts.shape[0],
         }
+
+    def code_logits(self, states: Tensor) -> Tensor:
+        """The head of masked codes, of speech alone and in pairs: (M, D) -> (M, G, V)."""
+        return self.code_head(states).unflatten(1, (self.config.n_codebooks, -1))
 
     def text_losses(self, text: data.TextBatch) -> dict[str, L.Loss]:
         """Span-masked LM; the vocabulary softmax runs on masked positions only."""
@@ -338,8 +340,7 @@ class SlamPretraining(nn.Module):
         T, U, length = conv.shape[1], text.tokens.shape[1], top.shape[1]
         row, place = speech.masked_index // T, speech.masked_index % T
         ids = self.quantizer.name(pick(conv, speech.masked_index))  # (M, G)
-        code_logits = self.code_head(pick(top, row * length + place))
-        code_logits = code_logits.unflatten(1, ids.shape[1:] + (-1,))  # (M, G, V)
+        code_logits = self.code_logits(pick(top, row * length + place))  # (M, G, V)
         row, place = text.masked_index // U, text.masked_index % U
         token_logits = self.text_head(pick(top, row * length + text_start[row] + place))
         targets, weight = text.targets, text.masked_weight

@@ -430,6 +430,8 @@ def test_every_step_is_logged_once_with_all_its_numbers(alone):
         assert all(0 <= row[f"{kind}/{name}"] <= 1 for kind in ("acc", "chance") for name in names)
         assert 1 <= row["ppl/code"] <= MICRO["n_codes"]
         assert row["mfu"] > 0 and row["audio_s_per_s"] > 0
+        # Of the process, in which other tests may have compiled; an eager run adds none.
+        assert row["compilations"] == logged[0]["compilations"]
     rates = [
         training.inverse_sqrt(step, MICRO["lr"], MICRO["warmup_steps"]) for step in range(N_STEPS)
     ]
